@@ -39,7 +39,6 @@ from shoal_common.store.store_paths import StorePaths  # noqa: E402
 from shoal_common.store.verification_stamp import write_stamp  # noqa: E402
 from shoal_storage.admission.admission import admit  # noqa: E402
 from shoal_storage.eviction.planner import plan_eviction  # noqa: E402
-from shoal_storage.ledger.entries import PartialBlobInfo  # noqa: E402
 from shoal_storage.ledger.ledger import Ledger  # noqa: E402
 from shoal_storage.settings import StorageSettings  # noqa: E402
 from shoal_storage.startup import recover_store  # noqa: E402
@@ -174,13 +173,14 @@ def full_ledger() -> Ledger:
     ledger = Ledger()
     for number in range(MODELS):
         manifest = model(number)
-        ledger.manifests[manifest.model] = manifest
-        ledger.blobs |= manifest.blob_sizes
+        for name, size in manifest.blob_sizes.items():
+            ledger.add_blob(name, size)
+        ledger.seal(manifest)
     for number in range(20):
         manifest = arriving(number)
-        ledger.reservations[manifest.model] = set(manifest.blob_sizes)
+        ledger.arrivals.reserve(manifest.model, manifest.blob_sizes)
         for name, size in manifest.blob_sizes.items():
-            ledger.partials[name] = PartialBlobInfo(size, models={manifest.model})
+            ledger.arrivals.reserve_blob(name, size, manifest.model)
     return ledger
 
 

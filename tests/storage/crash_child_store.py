@@ -14,7 +14,7 @@ from pathlib import Path
 from shoal_storage.files.metadata_files import MetadataFiles
 from shoal_storage.integrity import blob_check, quarantine
 from shoal_storage.integrity.repair import record_good_leaves
-from shoal_storage.ledger.completeness import manifests_with_blob, mark_incomplete
+from shoal_storage.ledger.references import manifests_with_blob
 from shoal_storage.store.commit import delete_quarantined
 from shoal_storage.store.partials import delete_partial
 from tests.storage.crash_child_model import COMES, LEAVES, STAYS
@@ -58,7 +58,7 @@ def live(root: Path, acknowledge: Acknowledge, volume: Path | None = None) -> No
         acknowledge("reserved", blob)
         acknowledge("releasing", blob)
         delete_partial(store.disk, blob)
-        del store.ledger.partials[blob]
+        store.ledger.arrivals.drop_partial(blob)
         acknowledge("released", blob)
     acknowledge("unpinning", STAYS.name)
     metadata.unpin(STAYS.name)
@@ -75,7 +75,6 @@ def bring_in(store: StoreFixture, model: Model, acknowledge: Acknowledge) -> Non
         put_missing(store.layout, blob, model.blobs[blob])
         acknowledge("committed", store.commit(blob))
     store.seal(model)
-    store.ledger.incomplete.pop(model.name, None)
     acknowledge("sealed", model.name)
 
 
@@ -89,9 +88,9 @@ def rot(store: StoreFixture, blob: str, acknowledge: Acknowledge) -> None:
     checked = blob_check.hash_blob(store.disk, blob, lambda _: None)
     assert checked is not None and not checked.intact
     assert quarantine.quarantine_blob(
-        store.disk, checked, manifests_with_blob(blob, store.ledger), store.ledger.leases.values()
+        store.disk, checked, manifests_with_blob(blob, store.ledger), store.ledger.uses.leases.values()
     )
-    mark_incomplete({blob}, store.ledger)
+    store.ledger.quarantine(blob)
     acknowledge("quarantined", blob)
     if record_good_leaves(store.disk, checked):
         acknowledge("kept-good", blob)

@@ -8,7 +8,7 @@ from shoal_storage.files import leaf_hash_file
 from shoal_storage.files.metadata_files import MetadataFiles
 from shoal_storage.integrity import blob_check, quarantine
 from shoal_storage.integrity.repair import record_good_leaves
-from shoal_storage.ledger.completeness import manifests_with_blob, mark_incomplete
+from shoal_storage.ledger.references import manifests_with_blob
 from shoal_storage.store.views import build_view
 from tests.storage.crash_child_model import COMES, LEAVES, STAYS
 from tests.storage.crash_child_store import CORRUPT
@@ -26,9 +26,9 @@ def verify_blob(store: StoreFixture, blob: str) -> None:
     assert checked is not None
     if not checked.intact:
         assert quarantine.quarantine_blob(
-            store.disk, checked, manifests_with_blob(blob, store.ledger), store.ledger.leases.values()
+            store.disk, checked, manifests_with_blob(blob, store.ledger), store.ledger.uses.leases.values()
         )
-        mark_incomplete({blob}, store.ledger)
+        store.ledger.quarantine(blob)
         record_good_leaves(store.disk, checked)
 
 
@@ -101,7 +101,7 @@ class Acknowledged:
         if corrupt in ledger.blobs:
             verify_blob(store, corrupt)
         for blob in self.reserved:
-            assert blob in ledger.partials or CALLED[blob] in ledger.blobs, f"reserved and lost: {blob[:12]}"
+            assert blob in ledger.arrivals.partials or CALLED[blob] in ledger.blobs, f"reserved and lost: {blob[:12]}"
         assert not self.here - set(ledger.blobs), "committed and lost"
         assert all(leaf_hash_file.is_verified(store.layout, blob) for blob in self.here), (
             "committed, and nothing proves it"
@@ -109,19 +109,19 @@ class Acknowledged:
         for model in MODELS:
             for blob, data in model.blobs.items():
                 claimed_leaves(store.layout.partial(blob), data)
-        assert not self.gone & {*ledger.blobs, *ledger.partials}, "gone and come back"
+        assert not self.gone & {*ledger.blobs, *ledger.arrivals.partials}, "gone and come back"
         assert not self.models - set(ledger.manifests), "sealed and lost"
         assert not self.deleted & set(ledger.stored_manifests), "deleted and come back"
         metadata = MetadataFiles(store.layout, ledger)
         metadata.read()
-        assert self.pinned <= ledger.pinned <= self.may_be_pinned, f"pinned: {ledger.pinned}"
+        assert self.pinned <= ledger.uses.pinned <= self.may_be_pinned, f"pinned: {ledger.uses.pinned}"
         assert not any(store.layout.tombstones.iterdir()), "what was begun is not finished"
         for model in MODELS:
             if model.name in ledger.manifests:
                 build_view(store.layout, model.sealed)  # as publishing does at startup
                 assert store.holds(model), f"{model.name} has other bytes"
         # Nobody holds the leases of a dead process, whatever is left of their views.
-        for lease in list(ledger.leases.values()):
+        for lease in list(ledger.uses.leases.values()):
             assert store.end(lease)
         assert not any(store.layout.leases.iterdir()), "an unfinished lease is left"
         # The store goes on, to the same end.

@@ -22,7 +22,6 @@ from shoal_storage.admission.allocator import VolumeSpace
 from shoal_storage.integrity.quarantine import quarantined_blobs
 from shoal_storage.integrity.repair import create_partial, repairable_bytes
 from shoal_storage.leases import lease_files
-from shoal_storage.ledger.entries import PartialBlobInfo
 from shoal_storage.ledger.lease import LOCK_DEADLINE_S, ModelLease
 from shoal_storage.ledger.references import blobs_freed_by
 from shoal_storage.settings import StorageSettings
@@ -146,7 +145,7 @@ class StoreFixture:
         if volume is not None:
             self.join(volume)
         self.ledger = recover_store(self.disk, lease_files.read_leases(self.disk, time.monotonic(), time.time()))
-        self.ledger.quarantined = quarantined_blobs(self.disk)
+        self.ledger.add_quarantined(quarantined_blobs(self.disk))
 
     def join(self, volume: Path) -> str:
         """Attach a volume; at a start, before anything is read. Returns its id."""
@@ -158,18 +157,18 @@ class StoreFixture:
     def reserve(self, model: Model) -> list[str]:
         """Reserve what is missing and return it."""
         # Both are on one disk here, which storage would count once; with plenty of space it makes no difference.
-        free, in_flight = self.disk.free_bytes(), self.ledger.in_flight_by_volume
+        free, in_flight = self.disk.free_bytes(), self.ledger.arrivals.in_flight_by_volume
         spaces = [
             VolumeSpace(volume, str(paths.root), free, in_flight[volume])
             for volume, paths in self.layout.each_volume()
         ]
         missing = admit(model.manifest, self.ledger, UNLIMITED, free, spaces).missing
         for blob in missing:
-            if blob not in self.ledger.partials:
+            if blob not in self.ledger.arrivals.partials:
                 bound = blob in self.ledger.quarantined and repairable_bytes(self.disk, blob)
-                set_volume(self.disk, blob, self.layout.volume_by_blob.get(blob, "") if bound else self.onto)
-            partial = self.ledger.partials.setdefault(blob, PartialBlobInfo(model.manifest.blob_sizes[blob]))
-            partial.models.add(model.name)
+                set_volume(self.disk, blob, self.layout.volume_of(blob) if bound else self.onto)
+            self.ledger.arrivals.reserve_blob(blob, model.manifest.blob_sizes[blob], model.name)
+            partial = self.ledger.arrivals.partials[blob]
             if has_partial(self.disk, blob):
                 write_partial(self.disk, blob, partial.size_bytes, partial.models)
             else:
@@ -179,10 +178,9 @@ class StoreFixture:
 
     def commit(self, blob: str) -> str:
         """Verify and commit a partial blob."""
-        digests = verify_partial(self.disk, blob, self.ledger.partials[blob].size_bytes)
+        digests = verify_partial(self.disk, blob, self.ledger.arrivals.partials[blob].size_bytes)
         commit_blob(self.disk, blob, digests)
-        del self.ledger.partials[blob]
-        self.ledger.blobs[digests.sha256] = digests.size_bytes
+        self.ledger.commit_blob(blob, digests.sha256, digests.size_bytes)
         return digests.sha256
 
     def bring_in(self, model: Model) -> None:
@@ -196,16 +194,16 @@ class StoreFixture:
         """Seal a model whose blobs are present."""
         require_all_blobs(model.sealed, self.ledger)
         seal_model(self.disk, model.sealed)
-        self.ledger.manifests[model.name] = model.sealed
+        self.ledger.seal(model.sealed)
 
     def delete(self, model: Model) -> None:
         """Delete a model."""
         blobs = blobs_freed_by(model.name, self.ledger)
         begin_delete(self.disk, model.manifest.repo, model.manifest.commit)
         finish_delete(self.disk, model.manifest.repo, model.manifest.commit, blobs)
-        self.ledger.manifests.pop(model.name, None)
+        self.ledger.drop_manifest(model.name)
         for blob in blobs:
-            del self.ledger.blobs[blob]
+            self.ledger.drop_blob(blob)
 
     def lease(self, model: Model, name: str) -> ModelLease:
         """Create a lease on a model; nobody holds it yet."""
@@ -213,14 +211,14 @@ class StoreFixture:
         until_s = time.monotonic() + LOCK_DEADLINE_S
         lease = ModelLease(name, model.name, "a test", "", time.time(), files, until_s)
         lease_files.create_lease(self.disk, lease)
-        self.ledger.leases[name] = lease
+        self.ledger.uses.add_lease(lease)
         return lease
 
     def end(self, lease: ModelLease) -> bool:
         """Remove a lease unless somebody holds it."""
         if not lease_files.remove_unless_held(self.disk, lease.id):
             return False
-        del self.ledger.leases[lease.id]
+        self.ledger.uses.end_lease(lease.id)
         return True
 
     def leased_view_is_complete(self, lease: ModelLease, model: Model) -> bool:

@@ -15,6 +15,7 @@ from shoal_storage.ledger.entries import PartialBlobInfo
 from shoal_storage.ledger.ledger import Ledger
 from shoal_storage.ledger.references import blobs_freed_by, matching_manifests, referenced_blobs
 from shoal_storage.settings import StorageSettings
+from tests.storage.ledger_builder import build_ledger
 
 SIZES = [0, 1, 7, 10, 30, 64, 100, 250]
 BLOBS = {f"{n:064x}": size for n, size in enumerate(SIZES)}
@@ -41,17 +42,23 @@ class AdmissionMachine(RuleBasedStateMachine):
 
     @property
     def free_bytes(self) -> int:
-        allocated = sum(p.allocated_bytes for p in self.ledger.partials.values())
+        allocated = sum(p.allocated_bytes for p in self.ledger.arrivals.partials.values())
         return self.total_bytes - self.ledger.used_bytes - allocated
 
     @rule(manifest=MANIFESTS)
     def reserve(self, manifest: Manifest) -> None:
         ledger = self.ledger
-        new = {b: s for b, s in manifest.blob_sizes.items() if b not in ledger.blobs and b not in ledger.partials}
+        new = {
+            b: s
+            for b, s in manifest.blob_sizes.items()
+            if b not in ledger.blobs and b not in ledger.arrivals.partials
+        }
         fits_quota = self.limits.quota_bytes is None or (
             ledger.used_bytes + ledger.reserved_bytes + sum(new.values()) <= self.limits.quota_bytes
         )
-        fits_disk = self.free_bytes - ledger.in_flight_bytes - sum(new.values()) >= self.limits.headroom_bytes
+        fits_disk = (
+            self.free_bytes - ledger.arrivals.in_flight_bytes - sum(new.values()) >= self.limits.headroom_bytes
+        )
         try:
             admission = admit(manifest, ledger, self.limits, self.free_bytes)
         except QuotaExceeded as e:
@@ -67,37 +74,39 @@ class AdmissionMachine(RuleBasedStateMachine):
         assert admission.needed_bytes == sum(new.values())
         assert sorted(admission.present + admission.missing) == sorted(manifest.blob_sizes)
         for blob in admission.missing:
-            ledger.partials.setdefault(blob, PartialBlobInfo(BLOBS[blob])).models.add(manifest.model)
-        ledger.reservations[manifest.model] = set(manifest.blob_sizes)
+            ledger.arrivals.reserve_blob(blob, BLOBS[blob], manifest.model)
+        ledger.arrivals.reserve(manifest.model, manifest.blob_sizes)
 
-    @precondition(lambda self: self.ledger.partials)
+    @precondition(lambda self: self.ledger.arrivals.partials)
     @rule(data=st.data())
     def receive(self, data: st.DataObject) -> None:
-        partial = self.ledger.partials[data.draw(st.sampled_from(sorted(self.ledger.partials)))]
-        partial.allocated_bytes = data.draw(st.integers(partial.allocated_bytes, partial.size_bytes))
+        blob = data.draw(st.sampled_from(sorted(self.ledger.arrivals.partials)))
+        partial = self.ledger.arrivals.partials[blob]
+        allocated_bytes = data.draw(st.integers(partial.allocated_bytes, partial.size_bytes))
+        self.ledger.arrivals.record_allocated(blob, allocated_bytes, 0)
 
-    @precondition(lambda self: self.ledger.partials)
+    @precondition(lambda self: self.ledger.arrivals.partials)
     @rule(data=st.data())
     def commit(self, data: st.DataObject) -> None:
-        blob = data.draw(st.sampled_from(sorted(self.ledger.partials)))
-        self.ledger.blobs[blob] = self.ledger.partials.pop(blob).size_bytes
+        blob = data.draw(st.sampled_from(sorted(self.ledger.arrivals.partials)))
+        self.ledger.commit_blob(blob, blob, self.ledger.arrivals.partials[blob].size_bytes)
 
     @rule(repo=st.sampled_from(MODELS))
     def cancel(self, repo: str) -> None:
-        model, others = f"{repo}@{COMMIT}", set(self.ledger.reservations) - {f"{repo}@{COMMIT}"}
-        counted_on = {m: self.ledger.reservations[m] & self.present for m in others}
+        model, others = f"{repo}@{COMMIT}", set(self.ledger.arrivals.reservations) - {f"{repo}@{COMMIT}"}
+        counted_on = {m: self.ledger.arrivals.reservations[m] & self.present for m in others}
         for blob in blobs_freed_by(model, self.ledger):
-            self.ledger.blobs.pop(blob, None)
-            self.ledger.partials.pop(blob, None)
-        for partial in self.ledger.partials.values():
-            partial.models.discard(model)
-        self.ledger.reservations.pop(model, None)
+            self.ledger.drop_blob(blob)
+        for blob, partial in list(self.ledger.arrivals.partials.items()):
+            if model in partial.models:
+                self.ledger.arrivals.release_blob(blob, model)
+        self.ledger.arrivals.end_reservation(model)
         for other in others:
             assert counted_on[other] <= self.present, f"giving up {model} took bytes from {other}"
 
     @property
     def present(self) -> set[str]:
-        return {*self.ledger.blobs, *self.ledger.partials}
+        return {*self.ledger.blobs, *self.ledger.arrivals.partials}
 
     @invariant()
     def I3_present_and_reserved_bytes_fit_the_quota(self) -> None:
@@ -107,12 +116,12 @@ class AdmissionMachine(RuleBasedStateMachine):
     @invariant()
     def I3_reserved_bytes_can_arrive_and_leave_the_headroom(self) -> None:
         if self.ledger.reserved_bytes + self.ledger.used_bytes:
-            assert self.free_bytes - self.ledger.in_flight_bytes >= self.limits.headroom_bytes
+            assert self.free_bytes - self.ledger.arrivals.in_flight_bytes >= self.limits.headroom_bytes
 
     @invariant()
     def nothing_is_both_present_and_arriving(self) -> None:
-        assert not set(self.ledger.blobs) & set(self.ledger.partials)
-        assert not set(self.ledger.partials) - referenced_blobs(self.ledger), "a partial that nobody wants"
+        assert not set(self.ledger.blobs) & set(self.ledger.arrivals.partials)
+        assert not set(self.ledger.arrivals.partials) - referenced_blobs(self.ledger), "a partial that nobody wants"
 
 
 AdmissionMachine.TestCase.settings = settings(max_examples=120, stateful_step_count=30, deadline=None)
@@ -120,7 +129,7 @@ test_I3_no_sequence_reserves_more_than_there_is = AdmissionMachine.TestCase
 
 
 def test_a_refusal_has_needed_quota_used_and_a_remedy() -> None:
-    ledger = Ledger(blobs={"a" * 64: 60})
+    ledger = build_ledger({"a" * 64: 60})
     with pytest.raises(QuotaExceeded) as refused:
         admit(manifest_of("org/model", [f"{7:064x}"]), ledger, StorageSettings(300, 0), 10**6)
     assert str(refused.value) == (
@@ -135,7 +144,9 @@ def test_a_refusal_has_needed_quota_used_and_a_remedy() -> None:
 
 def test_I3_reserved_unwritten_bytes_are_not_reserved_twice() -> None:
     blob = f"{7:064x}"
-    ledger = Ledger(partials={f"{6:064x}": PartialBlobInfo(100, allocated_bytes=40, models={"org/other@" + COMMIT})})
+    ledger = build_ledger(
+        partials={f"{6:064x}": PartialBlobInfo(100, allocated_bytes=40, models={"org/other@" + COMMIT})}
+    )
     with pytest.raises(QuotaExceeded, match=r"\(300 B free, 0 B headroom, 60 B reserved\)"):
         admit(manifest_of("org/model", [blob]), ledger, StorageSettings(None, 0), 300)
     assert admit(manifest_of("org/model", [blob]), ledger, StorageSettings(None, 0), 310).missing == [blob]
@@ -143,20 +154,20 @@ def test_I3_reserved_unwritten_bytes_are_not_reserved_twice() -> None:
 
 def test_nothing_needed_is_approved_however_full_the_disk() -> None:
     blob = f"{7:064x}"
-    ledger = Ledger(blobs={blob: BLOBS[blob]})
+    ledger = build_ledger({blob: BLOBS[blob]})
     admission = admit(manifest_of("org/model", [blob, blob]), ledger, StorageSettings(0, 10**12), 0)
     assert (admission.present, admission.missing, admission.needed_bytes) == ([blob], [], 0)
 
 
 def test_a_blob_whose_size_changed_on_the_disk_is_fetched_again() -> None:
     blob = f"{7:064x}"
-    admission = admit(manifest_of("org/model", [blob]), Ledger(blobs={blob: 3}), StorageSettings(None, 0), 1000)
+    admission = admit(manifest_of("org/model", [blob]), build_ledger({blob: 3}), StorageSettings(None, 0), 1000)
     assert admission.missing == [blob]
 
 
 def test_I3_a_manifest_cannot_enlarge_what_another_reserved() -> None:
     blob = f"{7:064x}"
-    ledger = Ledger(partials={blob: PartialBlobInfo(1, models={"org/liar@" + COMMIT})})
+    ledger = build_ledger(partials={blob: PartialBlobInfo(1, models={"org/liar@" + COMMIT})})
     with pytest.raises(BadInput, match=r"250 bytes, but another download reserved it with 1"):
         admit(manifest_of("org/model", [blob]), ledger, StorageSettings(300, 0), 1000)
 

@@ -14,10 +14,10 @@ from shoal_common.messages.storage import EvictionPlan
 from shoal_storage.admission.admission import admit, available_by_volume, space_demand
 from shoal_storage.admission.allocator import VolumeSpace, allocate, shortfall_bytes
 from shoal_storage.eviction.planner import find_garbage, garbage_bytes_of, plan_eviction, protected_models
-from shoal_storage.ledger.entries import PartialBlobInfo
 from shoal_storage.ledger.ledger import Ledger
 from shoal_storage.ledger.references import blobs_freed_by, referenced_blobs
 from shoal_storage.settings import StorageSettings
+from tests.storage.ledger_builder import build_ledger
 from tests.storage.test_eviction_planner import BLOB_SETS, LEDGERS, NAMES, SIZES, manifest_of
 
 VOLUMES = ["", "one", "two"]
@@ -104,26 +104,25 @@ def test_a_model_of_many_files_is_allocated_quickly() -> None:
 def disks(draw: st.DrawFn) -> tuple[Ledger, dict[str, str], list[VolumeSpace], StorageSettings, set[str]]:
     """A ledger over several volumes, what is protected, what is free, and what is to be downloaded."""
     ledger = draw(LEDGERS)
-    ledger.last_uses = {m: float(draw(st.integers(0, 3))) for m in ledger.stored_manifests}
+    for model in ledger.stored_manifests:
+        ledger.uses.record_use(model, float(draw(st.integers(0, 3))))
     arriving = [b for b in sorted(SIZES) if b not in ledger.blobs]
     if bool(arriving) and draw(st.booleans()):
         blob = draw(st.sampled_from(arriving))
-        ledger.partials[blob] = PartialBlobInfo(SIZES[blob], models={draw(st.sampled_from(NAMES))})
-    for blob in sorted({*ledger.blobs, *ledger.partials}):
-        volume: str = draw(st.sampled_from(VOLUMES))
-        if volume:
-            ledger.volume_by_blob[blob] = volume
+        ledger.arrivals.reserve_blob(blob, SIZES[blob], draw(st.sampled_from(NAMES)))
+    for blob in sorted({*ledger.blobs, *ledger.arrivals.partials}):
+        ledger.move_blob(blob, draw(st.sampled_from(VOLUMES)))
     twice: set[str] = draw(st.sets(st.sampled_from(sorted(ledger.blobs)), max_size=2)) if ledger.blobs else set()
     for blob in sorted(twice):
         other = next(r for r in VOLUMES if r != ledger.volume_by_blob.get(blob, ""))
-        ledger.redundant_copies[blob] = {other: ledger.blobs[blob]}
-    in_flight = ledger.in_flight_by_volume
+        ledger.add_copy(blob, other, ledger.blobs[blob])
+    in_flight = ledger.arrivals.in_flight_by_volume
     spaces = [VolumeSpace(r, r or "the store", draw(st.integers(0, 150)), in_flight[r]) for r in VOLUMES]
     limits = StorageSettings(draw(st.none() | st.integers(0, 300)), draw(st.integers(0, 10)), "lru")
-    uses = draw(st.sets(st.sampled_from(NAMES), max_size=1))
-    ledger.pinned = uses
+    for model in draw(st.sets(st.sampled_from(NAMES), max_size=1)):
+        ledger.uses.pin(model)
     new = draw(BLOB_SETS)
-    ledger.reservations[NEW] = set(new)  # before planning, as the service does: else it could be evicted for itself
+    ledger.arrivals.reserve(NEW, new)  # before planning, as the service does: else it could be evicted for itself
     return ledger, protected_models(ledger, {}), spaces, limits, new
 
 
@@ -134,7 +133,11 @@ def made_for(case: Case, need: int) -> EvictionPlan:
     ledger, kept, spaces, limits, new = case
     manifest = manifest_of(NEW, sorted(new), SIZES)
     return plan_eviction(
-        need, ledger, ledger.last_uses, kept, space_demand(manifest, ledger).met_after_freeing(ledger, limits, spaces)
+        need,
+        ledger,
+        ledger.uses.last_uses,
+        kept,
+        space_demand(manifest, ledger).met_after_freeing(ledger, limits, spaces),
     )
 
 
@@ -144,7 +147,7 @@ def carry_out(made: EvictionPlan, ledger: Ledger, spaces: list[VolumeSpace]) -> 
     free.update(garbage_bytes_of(made.garbage, ledger))
     needed = referenced_blobs(ledger)
     for blob in made.garbage:
-        ledger.redundant_copies.pop(blob, None)
+        ledger.drop_copies(blob)
         if blob not in needed:
             ledger.drop_blob(blob)
     for victim in made.victims:
@@ -152,8 +155,7 @@ def carry_out(made: EvictionPlan, ledger: Ledger, spaces: list[VolumeSpace]) -> 
             if blob in ledger.blobs:
                 free[ledger.volume_by_blob.get(blob, "")] += ledger.blobs[blob]
                 ledger.drop_blob(blob)
-        ledger.manifests.pop(victim.model, None)
-        ledger.incomplete.pop(victim.model, None)
+        ledger.drop_manifest(victim.model)
     return [VolumeSpace(s.volume_id, s.path, free[s.volume_id], s.in_flight_bytes) for s in spaces]
 
 
@@ -205,9 +207,10 @@ def test_no_victim_of_a_plan_over_several_volumes_is_needless(case: Case) -> Non
 
 def test_a_second_copy_of_a_used_blob_is_garbage_on_its_volume() -> None:
     blob = next(iter(SIZES))
-    ledger = Ledger(blobs={blob: 5}, redundant_copies={blob: {"one": 5}})
+    ledger = build_ledger({blob: 5})
+    ledger.add_copy(blob, "one", 5)
     assert find_garbage(ledger) == [blob] and garbage_bytes_of([blob], ledger) == {"": 5, "one": 5}
-    ledger.manifests["m"] = manifest_of(NAMES[0], [blob], {blob: 5})
+    ledger.seal(manifest_of(NAMES[0], [blob], {blob: 5}))
     assert garbage_bytes_of(find_garbage(ledger), ledger) == {"one": 5}
 
 

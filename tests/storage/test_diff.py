@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal_common.messages.manifest import Manifest, ManifestFile
-from shoal_storage.ledger.completeness import is_complete
 from shoal_storage.ledger.entries import BlobFileStat, ForeignFiles
 from shoal_storage.ledger.ledger import Ledger
 from shoal_storage.scan.diff import apply_diff, diff_store, is_trusted
@@ -46,15 +45,17 @@ def ledgers(draw: st.DrawFn) -> Ledger:
     """A valid ledger: complete models complete, incomplete ones not, no blob both verified and unverified."""
     ledger = Ledger()
     for blob in draw(st.sets(st.sampled_from(BLOBS))):
-        ledger.blobs[blob] = draw(st.sampled_from([SIZES[blob], 9]))
+        ledger.add_blob(blob, draw(st.sampled_from([SIZES[blob], 9])))
     for blob in draw(st.sets(st.sampled_from(BLOBS))) - ledger.blobs.keys():
-        ledger.unverified[blob] = draw(stamps)
+        ledger.add_unverified(blob, draw(stamps))
         if draw(st.booleans()):
-            ledger.corrupt[blob] = ledger.unverified[blob]
-    for model, manifest in draw(held).items():
-        (ledger.manifests if is_complete(manifest, ledger) else ledger.incomplete)[model] = manifest
-    ledger.reservations = {m: set() for m in draw(st.sets(st.sampled_from(sorted(ledger.incomplete) or ["none"])))}
-    ledger.foreign = ForeignFiles(draw(st.integers(0, 3)))
+            ledger.mark_corrupt(blob, ledger.unverified[blob])
+    for manifest in draw(held).values():
+        ledger.add_manifest(manifest)
+    ledger.mark_complete()
+    for model in draw(st.sets(st.sampled_from(sorted(ledger.incomplete) or ["none"]))):
+        ledger.arrivals.reserve(model, [])
+    ledger.set_foreign(ForeignFiles(draw(st.integers(0, 3))))
     return ledger
 
 
@@ -89,7 +90,7 @@ def test_I1_applying_a_diff_trusts_no_new_file(ledger: Ledger, seen: StoreScan) 
     assert ledger.stored_manifests == {**seen.manifests, **stays}
     for model, manifest in ledger.stored_manifests.items():
         assert (model in ledger.manifests) == (
-            is_complete(manifest, ledger) and self_sealed(model, ledger, whole_before)
+            ledger.is_complete(manifest) and self_sealed(model, ledger, whole_before)
         )
     assert set(followed.lost_models) == whole_before.keys() - ledger.manifests.keys()
     assert set(followed.found_models) == {m for m, found in ledger.manifests.items() if whole_before.get(m) != found}
@@ -100,7 +101,7 @@ def test_I1_applying_a_diff_trusts_no_new_file(ledger: Ledger, seen: StoreScan) 
 
 def self_sealed(model: str, ledger: Ledger, whole_before: dict[str, Manifest]) -> bool:
     """A model being downloaded becomes complete when the download seals it; a complete one stays so."""
-    return model not in ledger.reservations or model in whole_before
+    return model not in ledger.arrivals.reservations or model in whole_before
 
 
 @given(stamps, st.booleans())

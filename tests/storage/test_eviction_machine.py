@@ -18,7 +18,6 @@ from shoal_common.store.verification_stamp import write_stamp
 from shoal_storage.admission.admission import Admission, admit
 from shoal_storage.eviction.planner import find_garbage, plan_eviction, protected_models
 from shoal_storage.files.metadata_files import MetadataFiles
-from shoal_storage.ledger.entries import PartialBlobInfo
 from shoal_storage.ledger.references import arriving_models, blobs_freed_by
 from shoal_storage.ledger.usage import ModelUser
 from shoal_storage.settings import StorageSettings
@@ -78,8 +77,9 @@ class EvictionMachine(RuleBasedStateMachine):
         return self.total_bytes - self.blob_bytes() - sum(p.stat().st_size for p in partials)
 
     def measure(self) -> None:
-        for blob, partial in self.ledger.partials.items():
-            partial.allocated_bytes = (self.disk.layout.partial(blob) / "data").stat().st_size
+        for blob in self.ledger.arrivals.partials:
+            size_bytes = (self.disk.layout.partial(blob) / "data").stat().st_size
+            self.ledger.arrivals.record_allocated(blob, size_bytes, 0)
 
     def remove(self, model: str) -> int:
         ledger = self.ledger
@@ -88,20 +88,20 @@ class EvictionMachine(RuleBasedStateMachine):
         begin_delete(self.disk, repo, commit)
         finish_delete(self.disk, repo, commit, leaving)
         self.metadata.delete_records(model)
-        ledger.manifests.pop(model, None)
-        freed = sum(ledger.blobs.pop(b) for b in leaving)
+        ledger.drop_manifest(model)
+        freed = sum(ledger.drop_blob(b) for b in leaving)
         self.end_reservation(model)
         return freed
 
     def end_reservation(self, model: str) -> None:
         self.metadata.end_reservation(model)
-        for blob, partial in list(self.ledger.partials.items()):
-            partial.models.discard(model)
-            if partial.models:
-                write_partial(self.disk, blob, partial.size_bytes, partial.models)
+        for blob, partial in list(self.ledger.arrivals.partials.items()):
+            remaining = partial.without_model(model)
+            if remaining.models:
+                write_partial(self.disk, blob, partial.size_bytes, remaining.models)
             else:
                 delete_partial(self.disk, blob)
-                del self.ledger.partials[blob]
+            self.ledger.arrivals.release_blob(blob, model)
 
     def admit_with_eviction(self, model: Model) -> Admission | None:
         """Admit, evicting by a plan where that helps, and compare what was evicted with the plan."""
@@ -111,16 +111,17 @@ class EvictionMachine(RuleBasedStateMachine):
         except QuotaExceeded as refused:
             need = refused.details["shortfall_bytes"]
         kept = protected_models(self.ledger, self.used_by)
-        made, before = plan_eviction(need, self.ledger, self.ledger.last_uses, kept), self.blob_bytes()
+        made, before = plan_eviction(need, self.ledger, self.ledger.uses.last_uses, kept), self.blob_bytes()
         if self.limits.eviction_policy == "manual" or not made.enough:
             return None
         for blob in made.garbage:
             delete_blob(self.disk, blob)
-            del self.ledger.blobs[blob]
+            self.ledger.drop_blob(blob)
         for victim in made.victims:
-            assert victim.model not in self.ledger.pinned | self.used_by.keys() | self.ledger.reservations.keys(), (
-                "I4"
-            )
+            assert (
+                victim.model
+                not in self.ledger.uses.pinned | self.used_by.keys() | self.ledger.arrivals.reservations.keys()
+            ), "I4"
             assert self.remove(victim.model) == victim.freed_bytes
         freed = before - self.blob_bytes()
         assert abs(freed - made.freed_bytes) <= made.freed_bytes // 100, f"freed {freed} of {made.freed_bytes}"
@@ -128,33 +129,33 @@ class EvictionMachine(RuleBasedStateMachine):
 
     @rule(model=A_MODEL)
     def reserve(self, model: Model) -> None:
-        before = self.ledger.reservations.get(model.name)
-        self.ledger.reservations[model.name] = set(model.blobs)
+        is_new = model.name not in self.ledger.arrivals.reservations
+        self.ledger.arrivals.reserve(model.name, model.blobs)
         admission = self.admit_with_eviction(model)
         if admission is None:
-            if before is None:
-                del self.ledger.reservations[model.name]
+            if is_new:
+                self.ledger.arrivals.end_reservation(model.name)
             return
         self.metadata.write_reservation(model.name)
         for blob in admission.missing:
-            partial = self.ledger.partials.setdefault(blob, PartialBlobInfo(len(model.blobs[blob])))
-            partial.models.add(model.name)
+            self.ledger.arrivals.reserve_blob(blob, len(model.blobs[blob]), model.name)
+            partial = self.ledger.arrivals.partials[blob]
             write_partial(self.disk, blob, partial.size_bytes, partial.models)
 
-    @precondition(lambda self: self.ledger.partials)
+    @precondition(lambda self: self.ledger.arrivals.partials)
     @rule(data=st.data(), whole=st.booleans())
     def receive(self, data: st.DataObject, whole: bool) -> None:
-        blob = data.draw(st.sampled_from(sorted(self.ledger.partials)))
+        blob = data.draw(st.sampled_from(sorted(self.ledger.arrivals.partials)))
         (content,) = [c for c in FILES.values() if sha256(c) == blob]
         put(self.disk.layout, blob, content if whole else content[: len(content) // 2])
         if whole:
             commit_blob(self.disk, blob, verify_partial(self.disk, blob, len(content)))
-            self.ledger.blobs[blob] = self.ledger.partials.pop(blob).size_bytes
+            self.ledger.commit_blob(blob, blob, self.ledger.arrivals.partials[blob].size_bytes)
 
     @rule(model=A_MODEL)
     def pull(self, model: Model) -> None:
         self.reserve(model)
-        if model.name in self.ledger.reservations:
+        if model.name in self.ledger.arrivals.reservations:
             self.fetch_rest(model.name)
 
     @rule(model=A_MODEL)
@@ -162,27 +163,27 @@ class EvictionMachine(RuleBasedStateMachine):
         self.pull(model)
         self.use(model)
 
-    @precondition(lambda self: self.ledger.reservations)
+    @precondition(lambda self: self.ledger.arrivals.reservations)
     @rule(data=st.data())
     def finish(self, data: st.DataObject) -> None:
-        self.fetch_rest(data.draw(st.sampled_from(sorted(self.ledger.reservations))))
+        self.fetch_rest(data.draw(st.sampled_from(sorted(self.ledger.arrivals.reservations))))
 
     def fetch_rest(self, name: str) -> None:
         (model,) = [m for m in MODELS if m.name == name]
-        for blob in sorted(self.ledger.partials.keys() & model.blobs.keys()):
+        for blob in sorted(self.ledger.arrivals.partials.keys() & model.blobs.keys()):
             put(self.disk.layout, blob, model.blobs[blob])
             commit_blob(self.disk, blob, verify_partial(self.disk, blob, len(model.blobs[blob])))
-            self.ledger.blobs[blob] = self.ledger.partials.pop(blob).size_bytes
+            self.ledger.commit_blob(blob, blob, self.ledger.arrivals.partials[blob].size_bytes)
         assert model.blobs.keys() <= self.ledger.blobs.keys(), f"I4: bytes went from under the fetch of {name}"
         seal_model(self.disk, model.sealed)
-        self.ledger.manifests[name] = model.sealed
+        self.ledger.seal(model.sealed)
         self.metadata.record_arrival(name)
         self.end_reservation(name)
 
-    @precondition(lambda self: self.ledger.reservations)
+    @precondition(lambda self: self.ledger.arrivals.reservations)
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
-        name = data.draw(st.sampled_from(sorted(self.ledger.reservations)))
+        name = data.draw(st.sampled_from(sorted(self.ledger.arrivals.reservations)))
         self.end_reservation(name) if name in self.ledger.manifests else self.remove(name)
 
     @rule(model=A_MODEL)
@@ -207,7 +208,7 @@ class EvictionMachine(RuleBasedStateMachine):
 
     @rule(model=st.sampled_from(MODELS[:3]))
     def delete(self, model: Model) -> None:
-        if model.name in self.ledger.pinned or model.name in self.used_by:
+        if model.name in self.ledger.uses.pinned or model.name in self.used_by:
             return  # refused
         if model.name in self.ledger.manifests or arriving_models(model.manifest.repo, "", self.ledger):
             self.remove(model.name)
@@ -220,18 +221,18 @@ class EvictionMachine(RuleBasedStateMachine):
             self.ledger.used_bytes + self.ledger.reserved_bytes + len(content) <= self.limits.quota_bytes
         )
         self.measure()
-        room = self.free_bytes - self.ledger.in_flight_bytes - self.limits.headroom_bytes
+        room = self.free_bytes - self.ledger.arrivals.in_flight_bytes - self.limits.headroom_bytes
         if fits and len(content) <= room and not path.exists():
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(content)
             assert write_stamp(path.name, path)
-            self.ledger.blobs[path.name] = len(content)
+            self.ledger.add_blob(path.name, len(content))
 
     @rule()
     def collect_garbage(self) -> None:
         for blob in find_garbage(self.ledger):
             delete_blob(self.disk, blob)
-            del self.ledger.blobs[blob]
+            self.ledger.drop_blob(blob)
 
     @rule()
     def restart(self) -> None:
@@ -239,12 +240,12 @@ class EvictionMachine(RuleBasedStateMachine):
         before = self.ledger
         self.disk.close()
         self.open()
-        assert (self.ledger.blobs, self.ledger.pinned) == (before.blobs, before.pinned)
+        assert (self.ledger.blobs, self.ledger.uses.pinned) == (before.blobs, before.uses.pinned)
         assert self.ledger.manifests.keys() == before.manifests.keys() and not self.ledger.incomplete
-        fetched = {m: b for m, b in before.reservations.items() if m not in before.manifests}
-        assert self.ledger.reservations == fetched, "what fetches count on is remembered"
-        assert {m: round(s, 3) for m, s in self.ledger.last_uses.items()} == {
-            m: round(s, 3) for m, s in before.last_uses.items()
+        fetched = {m: b for m, b in before.arrivals.reservations.items() if m not in before.manifests}
+        assert self.ledger.arrivals.reservations == fetched, "what fetches count on is remembered"
+        assert {m: round(s, 3) for m, s in self.ledger.uses.last_uses.items()} == {
+            m: round(s, 3) for m, s in before.uses.last_uses.items()
         }
 
     @invariant()
@@ -255,17 +256,17 @@ class EvictionMachine(RuleBasedStateMachine):
             assert used + reserved <= self.limits.quota_bytes
         if used + reserved:
             self.measure()
-            assert self.free_bytes - self.ledger.in_flight_bytes >= self.limits.headroom_bytes
+            assert self.free_bytes - self.ledger.arrivals.in_flight_bytes >= self.limits.headroom_bytes
 
     @invariant()
     def I4_pinned_used_and_reserved_models_are_present(self) -> None:
         on_disk = {p.name for p in self.disk.layout.blobs.glob("*/*")}
-        for model in (self.ledger.pinned | self.used_by.keys()) & {m.name for m in MODELS}:
+        for model in (self.ledger.uses.pinned | self.used_by.keys()) & {m.name for m in MODELS}:
             assert model in self.ledger.manifests, f"{model} went"
         for manifest in self.ledger.manifests.values():
             assert manifest.blob_sizes.keys() <= on_disk, f"a blob of {manifest.model} went"
-        for blobs in self.ledger.reservations.values():
-            assert blobs <= on_disk | self.ledger.partials.keys(), "what a fetch counts on went"
+        for blobs in self.ledger.arrivals.reservations.values():
+            assert blobs <= on_disk | self.ledger.arrivals.partials.keys(), "what a fetch counts on went"
 
 
 EvictionMachine.TestCase.settings = settings(

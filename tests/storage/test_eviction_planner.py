@@ -22,11 +22,11 @@ from shoal_storage.eviction.planner import (
     to_message,
     with_eviction_hint,
 )
-from shoal_storage.ledger.entries import PartialBlobInfo
 from shoal_storage.ledger.ledger import Ledger
 from shoal_storage.ledger.references import blobs_freed_by, referenced_blobs
 from shoal_storage.ledger.usage import ModelUser, users_of
 from shoal_storage.settings import StorageSettings
+from tests.storage.ledger_builder import build_ledger
 
 SIZES = {f"{n:064x}": size for n, size in enumerate([0, 1, 2, 5, 10, 30, 64, 100])}
 NAMES = [f"org/model-{n}@{'c' * 40}" for n in range(5)]
@@ -40,11 +40,9 @@ def manifest_of(model: str, blobs: Iterable[str], sizes: dict[str, int]) -> Mani
 
 def ledger_of(models: dict[str, set[str]], blobs: dict[str, int]) -> Ledger:
     """A ledger with these blobs; models that lack one are incomplete."""
-    ledger = Ledger(blobs=dict(blobs))
-    for model, own in models.items():
-        whole = own <= blobs.keys()
-        (ledger.manifests if whole else ledger.incomplete)[model] = manifest_of(model, sorted(own), SIZES | blobs)
-    return ledger
+    return build_ledger(
+        blobs, manifests=[manifest_of(model, sorted(own), SIZES | blobs) for model, own in models.items()]
+    )
 
 
 BLOB_SETS = st.sets(st.sampled_from(sorted(SIZES)), min_size=1, max_size=4)
@@ -59,15 +57,17 @@ LEDGERS = st.builds(
 def situations(draw: st.DrawFn) -> tuple[Ledger, dict[str, str], int]:
     """A ledger with pins, uses and downloads; what is protected, and a need."""
     ledger = draw(LEDGERS)
-    ledger.last_uses = {m: float(draw(st.integers(0, 3))) for m in ledger.stored_manifests}
-    ledger.pinned = draw(st.sets(st.sampled_from(NAMES), max_size=2))
+    for model in ledger.stored_manifests:
+        ledger.uses.record_use(model, float(draw(st.integers(0, 3))))
+    for model in draw(st.sets(st.sampled_from(NAMES), max_size=2)):
+        ledger.uses.pin(model)
     if draw(st.booleans()):
         counted_on: set[str] = draw(BLOB_SETS)
-        ledger.reservations[draw(st.sampled_from(NAMES))] = counted_on
+        ledger.arrivals.reserve(draw(st.sampled_from(NAMES)), counted_on)
     arriving = [b for b in sorted(SIZES) if b not in ledger.blobs]
     if bool(arriving) and draw(st.booleans()):
         blob = draw(st.sampled_from(arriving))
-        ledger.partials[blob] = PartialBlobInfo(SIZES[blob], models={draw(st.sampled_from(NAMES))})
+        ledger.arrivals.reserve_blob(blob, SIZES[blob], draw(st.sampled_from(NAMES)))
     uses = {draw(st.sampled_from(NAMES)): [ModelUser("instance i-1", "i-1")]} if draw(st.booleans()) else {}
     return ledger, protected_models(ledger, uses), draw(st.integers(-1, 250))
 
@@ -79,26 +79,25 @@ def freed_without(ledger: Ledger, leaving: Iterable[str]) -> int:
 
 def carry_out(made: EvictionPlan, ledger: Ledger) -> list[int]:
     """Apply a plan to the ledger, one model at a time, as the service does. Returns what each step freed."""
-    freed = [sum(ledger.blobs.pop(b) for b in made.garbage)]
+    freed = [sum(ledger.drop_blob(b) for b in made.garbage)]
     for victim in made.victims:
         leaving = [b for b in blobs_freed_by(victim.model, ledger) if b in ledger.blobs]
-        freed.append(sum(ledger.blobs.pop(b) for b in leaving))
-        ledger.manifests.pop(victim.model, None)
-        ledger.incomplete.pop(victim.model, None)
+        ledger.drop_manifest(victim.model)
+        freed.append(sum(ledger.drop_blob(b) for b in leaving))
     return freed
 
 
 @given(situations())
 def test_I4_a_plan_never_names_protected_or_needed_models(case: tuple[Ledger, dict[str, str], int]) -> None:
     ledger, kept, need = case
-    made = plan_eviction(need, ledger, ledger.last_uses, kept)
+    made = plan_eviction(need, ledger, ledger.uses.last_uses, kept)
     victims = {v.model for v in made.victims}
     assert not victims & kept.keys() and made.protected == kept
-    assert not victims & (ledger.pinned | ledger.reservations.keys())
+    assert not victims & (ledger.uses.pinned | ledger.arrivals.reservations.keys())
     needed = {
         b for model in kept if model in ledger.stored_manifests for b in ledger.stored_manifests[model].blob_sizes
     }
-    needed |= {b for blobs in ledger.reservations.values() for b in blobs}
+    needed |= {b for blobs in ledger.arrivals.reservations.values() for b in blobs}
     present = needed & ledger.blobs.keys()
     carry_out(made, ledger)
     assert present <= ledger.blobs.keys(), "bytes that are needed went"
@@ -107,7 +106,7 @@ def test_I4_a_plan_never_names_protected_or_needed_models(case: tuple[Ledger, di
 @given(situations())
 def test_a_plan_frees_exactly_what_it_claims_step_by_step(case: tuple[Ledger, dict[str, str], int]) -> None:
     ledger, kept, need = case
-    made = plan_eviction(need, ledger, ledger.last_uses, kept)
+    made = plan_eviction(need, ledger, ledger.uses.last_uses, kept)
     before = ledger.used_bytes
     assert carry_out(made, ledger) == [made.garbage_bytes, *(v.freed_bytes for v in made.victims)]
     assert before - ledger.used_bytes == made.freed_bytes
@@ -116,7 +115,7 @@ def test_a_plan_frees_exactly_what_it_claims_step_by_step(case: tuple[Ledger, di
 @given(situations())
 def test_a_plan_is_enough_exactly_when_all_that_may_go_is(case: tuple[Ledger, dict[str, str], int]) -> None:
     ledger, kept, need = case
-    made = plan_eviction(need, ledger, ledger.last_uses, kept)
+    made = plan_eviction(need, ledger, ledger.uses.last_uses, kept)
     assert made.evictable_bytes == freed_without(ledger, [m for m in ledger.stored_manifests if m not in kept])
     assert made.enough == (need <= made.evictable_bytes or need <= 0)
     if made.enough and need > 0:
@@ -128,7 +127,7 @@ def test_a_plan_is_enough_exactly_when_all_that_may_go_is(case: tuple[Ledger, di
 @given(situations())
 def test_no_victim_of_a_plan_could_have_been_spared(case: tuple[Ledger, dict[str, str], int]) -> None:
     ledger, kept, need = case
-    victims = [v.model for v in plan_eviction(need, ledger, ledger.last_uses, kept).victims]
+    victims = [v.model for v in plan_eviction(need, ledger, ledger.uses.last_uses, kept).victims]
     for spared in range(len(victims)):
         for fewer in itertools.combinations(victims, spared):
             assert freed_without(ledger, fewer) < need, f"{fewer} of {victims} would have done"
@@ -137,7 +136,7 @@ def test_no_victim_of_a_plan_could_have_been_spared(case: tuple[Ledger, dict[str
 @given(situations())
 def test_victims_are_those_that_the_rule_in_the_document_names(case: tuple[Ledger, dict[str, str], int]) -> None:
     ledger, kept, need = case
-    order = sorted((m for m in ledger.stored_manifests if m not in kept), key=lambda m: (ledger.last_uses[m], m))
+    order = sorted((m for m in ledger.stored_manifests if m not in kept), key=lambda m: (ledger.uses.last_uses[m], m))
     expected: list[str] = []
     if 0 < need <= freed_without(ledger, order):
         for model in order:
@@ -147,7 +146,7 @@ def test_victims_are_those_that_the_rule_in_the_document_names(case: tuple[Ledge
             rest = [m for m in expected if m != model]
             if freed_without(ledger, rest) >= need:
                 expected = rest
-    assert [v.model for v in plan_eviction(need, ledger, ledger.last_uses, kept).victims] == expected
+    assert [v.model for v in plan_eviction(need, ledger, ledger.uses.last_uses, kept).victims] == expected
 
 
 @given(LEDGERS, st.none() | st.integers(0, 300), st.integers(0, 50), st.integers(0, 300), BLOB_SETS)
@@ -179,12 +178,12 @@ def lacking_for(new_bytes: int, ledger: Ledger, limits: StorageSettings, free_by
 def sized(sizes: dict[str, int], uses: Iterable[str] | None = None) -> Ledger:
     """A ledger with a model of its own blob per name, least recently used first."""
     blobs = {f"{n:064x}": size for n, size in enumerate(sizes.values())}
-    ledger = Ledger(blobs=blobs)
-    for name, blob in zip(sizes, blobs, strict=True):
-        model = f"org/{name}@{'c' * 40}"
-        ledger.manifests[model] = manifest_of(model, [blob], blobs)
-    ledger.last_uses = {f"org/{name}@{'c' * 40}": float(n) for n, name in enumerate(uses or sizes)}
-    return ledger
+    models = {f"org/{name}@{'c' * 40}": blob for name, blob in zip(sizes, blobs, strict=True)}
+    return build_ledger(
+        blobs,
+        manifests=[manifest_of(model, [blob], blobs) for model, blob in models.items()],
+        last_uses={f"org/{name}@{'c' * 40}": float(n) for n, name in enumerate(uses or sizes)},
+    )
 
 
 def names(made: EvictionPlan) -> list[str]:
@@ -194,21 +193,21 @@ def names(made: EvictionPlan) -> list[str]:
 def test_of_1_2_and_60_oldest_first_only_the_60_is_taken_for_50() -> None:
     ledger = sized({"one": 1, "two": 2, "sixty": 60})
     lacking = lacking_for(50, ledger, StorageSettings(70, 0), 10**9)
-    made = plan_eviction(lacking.required_bytes, ledger, ledger.last_uses, {})
+    made = plan_eviction(lacking.required_bytes, ledger, ledger.uses.last_uses, {})
     assert (made.required_bytes, names(made), made.freed_bytes, made.evictable_bytes) == (43, ["sixty"], 60, 63)
 
 
 def test_if_everything_is_not_enough_nothing_is_evicted() -> None:
     ledger = sized({"one": 1, "two": 2})
-    ledger.blobs["f" * 64] = 5
-    made = plan_eviction(9, ledger, ledger.last_uses, {})
+    ledger.add_blob("f" * 64, 5)
+    made = plan_eviction(9, ledger, ledger.uses.last_uses, {})
     assert made == EvictionPlan(required_bytes=9, enough=False, evictable_bytes=8)
 
 
 def test_garbage_that_is_enough_spares_every_model() -> None:
     ledger = sized({"one": 1, "two": 2})
-    ledger.blobs["f" * 64] = 5
-    made = plan_eviction(5, ledger, ledger.last_uses, {})
+    ledger.add_blob("f" * 64, 5)
+    made = plan_eviction(5, ledger, ledger.uses.last_uses, {})
     assert (made.garbage, made.garbage_bytes, made.victims, made.enough) == (["f" * 64], 5, [], True)
     assert find_garbage(ledger) == ["f" * 64]
 
@@ -217,10 +216,11 @@ def test_a_shared_blob_is_freed_by_the_last_of_its_models() -> None:
     shared, own = "a" * 64, {n: f"{n:064x}" for n in range(3)}
     blobs = {shared: 100, **dict.fromkeys(own.values(), 1)}
     ledger = ledger_of({NAMES[n]: {shared, own[n]} for n in range(3)}, blobs)
-    ledger.last_uses = {NAMES[n]: float(n) for n in range(3)}
-    made = plan_eviction(100, ledger, ledger.last_uses, {})
+    for n in range(3):
+        ledger.uses.record_use(NAMES[n], float(n))
+    made = plan_eviction(100, ledger, ledger.uses.last_uses, {})
     assert [v.freed_bytes for v in made.victims] == [1, 1, 101]
-    kept = plan_eviction(100, ledger, ledger.last_uses, {NAMES[2]: "pinned"})
+    kept = plan_eviction(100, ledger, ledger.uses.last_uses, {NAMES[2]: "pinned"})
     assert (kept.enough, kept.evictable_bytes) == (False, 2)
 
 
@@ -228,17 +228,19 @@ def test_two_models_that_share_a_blob_are_spared_by_a_third() -> None:
     blobs = {f"{n:064x}": size for n, size in enumerate([10, 1, 1, 30])}
     shared, first, second, large = blobs
     ledger = ledger_of({NAMES[0]: {shared, first}, NAMES[1]: {shared, second}, NAMES[2]: {large}}, blobs)
-    ledger.last_uses = {NAMES[n]: float(n) for n in range(3)}
-    made = plan_eviction(30, ledger, ledger.last_uses, {})
+    for n in range(3):
+        ledger.uses.record_use(NAMES[n], float(n))
+    made = plan_eviction(30, ledger, ledger.uses.last_uses, {})
     assert [(v.model, v.freed_bytes) for v in made.victims] == [(NAMES[2], 30)]
 
 
 def test_what_is_kept_is_kept_for_the_reason_that_counts_most() -> None:
     ledger = sized({"pinned": 1, "used": 1, "coming": 1, "free": 1})
     here = {m.partition("/")[2].partition("@")[0]: m for m in ledger.manifests}
-    ledger.pinned = {here["pinned"], "org/not-here@" + "c" * 40}
-    ledger.reservations[here["coming"]] = set()
-    ledger.partials["e" * 64] = PartialBlobInfo(7, models={"org/new@" + "c" * 40})
+    for model in (here["pinned"], "org/not-here@" + "c" * 40):
+        ledger.uses.pin(model)
+    ledger.arrivals.reserve(here["coming"], [])
+    ledger.arrivals.reserve_blob("e" * 64, 7, "org/new@" + "c" * 40)
     stage = StageSpec(rank=0, node="node-a", first_layer=0, last_layer=1)
     specs = [
         InstanceSpec(id=f"i-{name}", repo=f"org/{name}", commit="c" * 40, stages=[stage], context_tokens=1)
@@ -262,21 +264,23 @@ def test_a_refusal_lists_what_could_be_evicted_and_how() -> None:
     with pytest.raises(QuotaExceeded) as refused:
         admit(wanted, ledger, limits, 10**9)
     need = refused.value.details["shortfall_bytes"]
-    enough = with_eviction_hint(refused.value, plan_eviction(need, ledger, ledger.last_uses, {}), "manual")
+    enough = with_eviction_hint(refused.value, plan_eviction(need, ledger, ledger.uses.last_uses, {}), "manual")
     assert enough.message.endswith(
         "evicting 1 model would free 60 B: set eviction_policy to lru with `shoal storage set`"
     )
     assert enough.details["would_evict"] == ["org/sixty@" + "c" * 40]
     assert (enough.details["evictable_bytes"], enough.details["needed_bytes"]) == (63, 50)
     kept = {"org/sixty@" + "c" * 40: "pinned"}
-    short = with_eviction_hint(refused.value, plan_eviction(need, ledger, ledger.last_uses, kept), "lru")
+    short = with_eviction_hint(refused.value, plan_eviction(need, ledger, ledger.uses.last_uses, kept), "lru")
     assert short.message.endswith("3 B evictable, 43 B needed; 1 model is pinned or in use")
     assert (short.details["evictable_bytes"], short.details["would_evict"]) == (3, [])
 
 
 def test_a_plan_of_very_much_garbage_still_fits_a_message() -> None:
-    ledger = Ledger(blobs={f"{n:064x}": 1 for n in range(50_000)})
-    ledger.reservations = {f"org/model-{n}@{'c' * 40}": set() for n in range(50_000)}
+    ledger = build_ledger(
+        {f"{n:064x}": 1 for n in range(50_000)},
+        reservations={f"org/model-{n}@{'c' * 40}": [] for n in range(50_000)},
+    )
     made = to_message(plan_eviction(50_000, ledger, {}, protected_models(ledger, {})))
     assert len(encode(made)) < 500_000 and made.garbage_bytes == 50_000
     assert decode(encode(made), EvictionPlan) == made

@@ -85,7 +85,7 @@ class Held:
                 put(self.disk.layout, blob, model.blobs[blob])
                 await self.guard.commit(CommitBlob(blob=blob))
             await self.guard.seal(SealModel(manifest=model.sealed))
-            self.ledger.last_uses[model.name] = float(len(self.ledger.manifests))
+            self.ledger.uses.record_use(model.name, float(len(self.ledger.manifests)))
 
     async def reserve(self, model: Model) -> EvictionPlan | None:
         """The models evicted so that a model may be admitted."""
@@ -121,7 +121,8 @@ async def test_I4_a_victim_used_between_plan_and_step_is_spared(
     limits = StorageSettings(3000, 0, "lru")
     async with holding(nats, tmp_path, fresh("storage"), limits) as held:
         await held.bring_in(*((A, B, C) if others_suffice else (A, B, model_of("pinned", 1000))))
-        held.ledger.pinned = {m for m in held.ledger.manifests if m.startswith("org/pinned@")}
+        for pinned in [m for m in held.ledger.manifests if m.startswith("org/pinned@")]:
+            held.ledger.uses.pin(pinned)
         held.disk.deleted.clear()
         held.disk.gate.clear()
         reserving = asyncio.create_task(held.reserve(NEW))  # its plan: A, then B
@@ -137,7 +138,7 @@ async def test_I4_a_victim_used_between_plan_and_step_is_spared(
         else:
             with pytest.raises(QuotaExceeded, match="2 models are pinned or in use"):
                 await reserving
-            assert NEW.name not in held.ledger.reservations and not held.ledger.partials
+            assert NEW.name not in held.ledger.arrivals.reservations and not held.ledger.arrivals.partials
         assert B.name in held.ledger.manifests and A.name not in held.ledger.manifests
         await held.here.buckets.spec.delete(instance_key(name))
 
@@ -154,7 +155,7 @@ async def test_I4_nothing_is_evicted_while_instances_are_unknown(
         await held.here.buckets.spec.put(instance_key(name), spec)
         with pytest.raises(Unavailable, match="nothing was removed, try again"):
             await held.reserve(NEW)
-        assert files_below(held.disk.layout.root) == before and not held.ledger.reservations
+        assert files_below(held.disk.layout.root) == before and not held.ledger.arrivals.reservations
         await held.here.buckets.spec.delete(instance_key(name))
 
 

@@ -71,13 +71,13 @@ def violations(ledger: Ledger, limits: StorageSettings) -> str:
     """The violation of I3 or I4 in a ledger, or ""."""
     if limits.quota_bytes is not None and ledger.used_bytes + ledger.reserved_bytes > limits.quota_bytes:
         return f"I3: {ledger.used_bytes} + {ledger.reserved_bytes} > {limits.quota_bytes}"
-    if gone := ledger.pinned - ledger.stored_manifests.keys():
+    if gone := ledger.uses.pinned - ledger.stored_manifests.keys():
         return f"I4: pinned, and gone: {gone}"
     for manifest in ledger.manifests.values():
         if gone := manifest.blob_sizes.keys() - ledger.blobs.keys():
             return f"I4: blobs of {manifest.model} are gone: {gone}"
-    for model, blobs in ledger.reservations.items():
-        if gone := blobs - ledger.blobs.keys() - ledger.partials.keys():
+    for model, blobs in ledger.arrivals.reservations.items():
+        if gone := blobs - ledger.blobs.keys() - ledger.arrivals.partials.keys():
             return f"I4: what the fetch of {model} counts on is gone: {gone}"
     return ""
 
@@ -95,7 +95,7 @@ class Together:
 
     async def carry_out(self, eviction: EvictionPlan) -> EvictionPlan:
         """Compare what a plan has freed, by the files, with what it announced."""
-        kept = self.held.ledger.pinned | self.held.ledger.reservations.keys()
+        kept = self.held.ledger.uses.pinned | self.held.ledger.arrivals.reservations.keys()
         assert not kept & {v.model for v in eviction.victims}, "I4: a victim is kept"
         before = self.blob_bytes()
         done = await self._carry_out(eviction)
@@ -120,7 +120,7 @@ class Together:
         if verb in ("pull", "commit"):
             for blob, data in model.blobs.items():
                 # As the one fetcher of a node: it stops writing to a blob once it has asked for its commit.
-                if blob in ledger.partials and not (self.held.disk.layout.partial(blob) / "have").exists():
+                if blob in ledger.arrivals.partials and not (self.held.disk.layout.partial(blob) / "have").exists():
                     with suppress(FileNotFoundError):
                         put(self.held.disk.layout, blob, data)
                 await guard.commit(CommitBlob(blob=blob))
@@ -179,7 +179,7 @@ async def live(server: NatsServer, home: Path, node: str, limits: StorageSetting
                 assert not section.broken, section.broken
                 assert together.blob_bytes() == held.ledger.used_bytes, "the ledger says what the disk holds"
                 on_disk = {p.name for p in held.disk.layout.partials.iterdir()}
-                assert on_disk == held.ledger.partials.keys()
+                assert on_disk == held.ledger.arrivals.partials.keys()
                 check_invariants(held.disk.layout.root)
         finally:
             stopping.set()

@@ -130,7 +130,7 @@ async def test_I4_nothing_is_deleted_while_instances_are_unknown(
         for blob in (await held.guard.reserve(Reserve(manifest=model.manifest))).missing:
             put(held.disk.layout, blob, model.blobs[blob])
             await held.guard.commit(CommitBlob(blob=blob))
-        held.ledger.manifests[model.name] = model.sealed
+        held.ledger.seal(model.sealed)
         before = files_below(held.disk.layout.root)
         spec = InstanceSpec(id=name, repo="org/model", commit=model.manifest.commit, stages=[], context_tokens=1)
         await here.buckets.spec.put(instance_key(name), spec)  # and the mirror has not received it

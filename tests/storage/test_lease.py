@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from shoal_common.errors import BadName
 from shoal_common.messages.instances import InstanceSpec, StageSpec
@@ -18,11 +19,12 @@ from shoal_common.names import check_holder
 from shoal_storage.eviction.planner import find_garbage, plan_eviction, protected_models
 from shoal_storage.leases import lease_files
 from shoal_storage.ledger.lease import LOCK_DEADLINE_S, ModelLease, grace_left_s, has_ended
-from shoal_storage.ledger.ledger import Ledger
 from shoal_storage.ledger.references import blobs_freed_by
 from shoal_storage.ledger.usage import ModelUser, join_names, release_hint, users_of
+from shoal_storage.ledger.uses import ModelUses
 from tests.harness.nats import NatsServer
 from tests.storage.lease_fixtures import holder_of
+from tests.storage.ledger_builder import build_ledger
 from tests.storage.test_fetch_api import holding as guarding
 
 Fresh = Callable[[str], str]
@@ -42,14 +44,16 @@ def lease_of(model: str, name: str = "l", holder: str = "me", instance: str = ""
 def test_a_lease_lives_through_its_grace_and_while_it_is_held(
     polls: list[tuple[bool, float]],
 ) -> None:
-    lease, now_s, taken_up = lease_of("m"), 0.0, False
+    uses, now_s, taken_up = ModelUses(), 0.0, False
+    uses.add_lease(lease_of("m"))
     for held, after_s in polls:
         now_s += after_s
+        lease = uses.record_lock(lease_of("m").id, held, 0)
         ended = has_ended(lease, held, now_s)
         assert ended == (not held and (taken_up or now_s >= LOCK_DEADLINE_S))
         if ended:
             return
-        taken_up = lease.held = taken_up or held
+        taken_up = taken_up or held
 
 
 @given(TIMES, TIMES)
@@ -107,15 +111,11 @@ def test_I4_a_leased_blob_is_no_garbage_and_goes_with_no_model(
         return Manifest(repo=repo, commit="c" * 40, files=files)
 
     own, other = manifest("org/mine", leased), manifest("org/other", theirs)
-    ledger = Ledger(blobs={f"{n}" * 64: 1 for n in range(6)}, manifests={other.model: other})
-    if manifest_is_here:
-        ledger.manifests[own.model] = own
-    lease = lease_of(own.model)
-    lease.files = {b: b for b in leased}
-    ledger.leases = {"l": lease}
+    ledger = build_ledger({f"{n}" * 64: 1 for n in range(6)}, manifests=[other, own] if manifest_is_here else [other])
+    ledger.uses.add_lease(structs.replace(lease_of(own.model), files={b: b for b in leased}))
     assert not leased & set(find_garbage(ledger))
     assert not leased & {*blobs_freed_by(other.model, ledger), *blobs_freed_by(own.model, ledger)}
-    users = users_of([], ledger.leases.values(), "a")
+    users = users_of([], ledger.uses.leases.values(), "a")
     made = plan_eviction(need_bytes, ledger, {}, protected_models(ledger, users))
     assert own.model not in [v.model for v in made.victims] and not leased & set(made.garbage)
     assert made.evictable_bytes <= 6 - len(leased)
@@ -125,9 +125,10 @@ async def test_a_lease_check_reports_changes_and_survives_disk_errors(
     nats: NatsServer, fresh: Fresh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with guarding(nats, tmp_path, fresh("storage")) as held:
-        holders, leases, now_s = held.guard.leases, held.ledger.leases, time.monotonic()
+        holders, uses, now_s = held.guard.leases, held.ledger.uses, time.monotonic()
+        leases = uses.leases
         for name, grace_s in (("young", LOCK_DEADLINE_S), ("old", 0.0)):
-            leases[name] = ModelLease(name, "org/m@c", "me", "", time.time(), {}, now_s + grace_s)
+            uses.add_lease(ModelLease(name, "org/m@c", "me", "", time.time(), {}, now_s + grace_s))
             lease_files.create_lease(held.disk, leases[name])
 
         def refuse(*_: object) -> bool:

@@ -50,7 +50,7 @@ def test_the_next_start_has_complete_leases_and_cleans_dead_ones(tmp_path: Path)
     (paths.leases / "not a lease").mkdir()
     del store
     again = StoreFixture(tmp_path / "store")
-    assert set(again.ledger.leases) == {"kept"} and again.leased_view_is_complete(kept, STAYS)
+    assert set(again.ledger.uses.leases) == {"kept"} and again.leased_view_is_complete(kept, STAYS)
     assert {p.name for p in paths.leases.iterdir()} == {"kept", "not a lease"}
 
 
@@ -58,7 +58,7 @@ def check_after(root: Path, acknowledged: list[str]) -> None:
     """What the next start must find."""
     check_invariants(root)
     store = StoreFixture(root)
-    leases, paths = store.ledger.leases, store.layout
+    leases, paths = store.ledger.uses.leases, store.layout
     assert {p.name for p in paths.leases.iterdir()} == set(leases), "an unfinished lease is left"
     assert not any(paths.tombstones.iterdir())
     for lease in leases.values():

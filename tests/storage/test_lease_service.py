@@ -143,7 +143,7 @@ async def test_I7_a_node_has_so_many_leases_and_no_more(nats: NatsServer, fresh:
     async with guarding(nats, tmp_path, fresh("storage")) as held:
         names = [f"l{n}" for n in range(MAX_LEASES)]
         for name in names:
-            held.ledger.leases[name] = ModelLease(name, "org/m@c", "me", "", time.time(), {}, float("inf"))
+            held.ledger.uses.add_lease(ModelLease(name, "org/m@c", "me", "", time.time(), {}, float("inf")))
         question = AcquireLease(model="org/other", holder="one too many")
         with pytest.raises(Busy, match="`shoal storage`"):
             await held.guard.leases.lease(question)

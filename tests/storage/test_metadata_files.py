@@ -40,11 +40,11 @@ def test_a_pin_survives_a_restart_and_so_does_its_end(root: Path, apples: Model,
     metadata.pin(apples.name)
     assert entries(root / "pins") == {f"org--apples@{apples.manifest.commit}"}
     store, metadata = reopened(store)
-    assert store.ledger.pinned == {apples.name}
+    assert store.ledger.uses.pinned == {apples.name}
     metadata.unpin(apples.name)
     metadata.unpin(pears.name)
     store, metadata = reopened(store)
-    assert store.ledger.pinned == set()
+    assert store.ledger.uses.pinned == set()
 
 
 def test_a_pin_and_a_use_are_synced_before_they_are_acknowledged(
@@ -78,7 +78,7 @@ def test_a_pin_that_cannot_be_written_is_refused_and_not_claimed(root: Path, app
     (root / "pins").write_bytes(b"not a directory")
     with pytest.raises(InternalError, match=r"cannot write the pin of org/apples@"):
         metadata.pin(apples.name)
-    assert store.ledger.pinned == set()
+    assert store.ledger.uses.pinned == set()
 
 
 def test_a_use_is_in_memory_at_once_and_on_the_disk_when_written(root: Path, apples: Model) -> None:
@@ -86,16 +86,16 @@ def test_a_use_is_in_memory_at_once_and_on_the_disk_when_written(root: Path, app
     store.bring_in(apples)
     metadata.record_arrival(apples.name)
     came_s = store.layout.manifest(apples.manifest.repo, apples.manifest.commit).stat().st_mtime
-    assert store.ledger.last_uses == {apples.name: came_s}, "a model that never ran counts from its download"
+    assert store.ledger.uses.last_uses == {apples.name: came_s}, "a model that never ran counts from its download"
     metadata.record_use([apples.name, "org/not-here@" + "c" * 40, "../../etc"], THEN_S)
-    assert store.ledger.last_uses == {apples.name: THEN_S}
+    assert store.ledger.uses.last_uses == {apples.name: THEN_S}
     assert entries(root / "uses") == set()
     metadata.write_uses()
     assert entries(root / "uses") == {f"org--apples@{apples.manifest.commit}"}
     store, metadata = reopened(store)
-    assert store.ledger.last_uses == {apples.name: THEN_S}
+    assert store.ledger.uses.last_uses == {apples.name: THEN_S}
     metadata.record_arrival(apples.name)
-    assert store.ledger.last_uses == {apples.name: THEN_S}, "sealed again, it was used when it was used"
+    assert store.ledger.uses.last_uses == {apples.name: THEN_S}, "sealed again, it was used when it was used"
 
 
 def test_nothing_new_writes_nothing(root: Path, apples: Model) -> None:
@@ -115,10 +115,10 @@ def test_a_use_that_could_not_be_written_is_written_next_time(root: Path, apples
     metadata.record_use([apples.name], THEN_S)
     (root / "uses").write_bytes(b"in the way")
     metadata.write_uses()
-    assert store.ledger.last_uses == {apples.name: THEN_S}
+    assert store.ledger.uses.last_uses == {apples.name: THEN_S}
     (root / "uses").unlink()
     metadata.write_uses()
-    assert reopened(store)[0].ledger.last_uses == {apples.name: THEN_S}
+    assert reopened(store)[0].ledger.uses.last_uses == {apples.name: THEN_S}
 
 
 def test_metadata_of_a_model_goes_with_it(root: Path, apples: Model, pears: Model) -> None:
@@ -130,13 +130,13 @@ def test_metadata_of_a_model_goes_with_it(root: Path, apples: Model, pears: Mode
     metadata.write_uses()
     store.delete(apples)
     metadata.delete_records(apples.name)
-    assert store.ledger.pinned == store.ledger.last_uses.keys() == {pears.name}
+    assert store.ledger.uses.pinned == store.ledger.uses.last_uses.keys() == {pears.name}
     store.delete(pears)  # and a crash before it is forgotten
     store, metadata = reopened(store)
     assert not entries(root / "pins") and not entries(root / "uses")
     store.bring_in(pears)
     metadata.record_arrival(pears.name)
-    assert store.ledger.last_uses[pears.name] > THEN_S, "a model that arrived again is not the first to go"
+    assert store.ledger.uses.last_uses[pears.name] > THEN_S, "a model that arrived again is not the first to go"
 
 
 def test_a_model_that_cannot_be_read_now_keeps_its_pin(root: Path, apples: Model) -> None:
@@ -147,9 +147,9 @@ def test_a_model_that_cannot_be_read_now_keeps_its_pin(root: Path, apples: Model
     good = manifest.read_bytes()
     manifest.write_bytes(b"{")
     store, metadata = reopened(store)
-    assert store.ledger.pinned == set()
+    assert store.ledger.uses.pinned == set()
     manifest.write_bytes(good)
-    assert reopened(store)[0].ledger.pinned == {apples.name}
+    assert reopened(store)[0].ledger.uses.pinned == {apples.name}
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,9 @@ def test_I10_foreign_files_among_them_are_left_alone(root: Path, apples: Model, 
         (directory / name).write_bytes(b"mine")
     store, _ = reopened(store)
     assert (
-        not store.ledger.pinned and not store.ledger.reservations and store.ledger.last_uses.keys() == {apples.name}
+        not store.ledger.uses.pinned
+        and not store.ledger.arrivals.reservations
+        and store.ledger.uses.last_uses.keys() == {apples.name}
     )
     assert name == ".x.new" or (root / "pins" / name).read_bytes() == b"mine"
 
@@ -171,21 +173,21 @@ def test_I10_foreign_files_among_them_are_left_alone(root: Path, apples: Model, 
 def test_I4_committed_blobs_of_a_fetch_are_no_garbage_at_restart(root: Path, apples: Model) -> None:
     store, metadata = opened(root)
     first, *rest = store.reserve(apples)
-    store.ledger.reservations[apples.name] = set(apples.blobs)
+    store.ledger.arrivals.reserve(apples.name, apples.blobs)
     metadata.write_reservation(apples.name)
     put(store.layout, first, apples.blobs[first])
     committed = store.commit(first)
-    store.ledger.reservations[apples.name].add(committed)
+    store.ledger.arrivals.extend_reservation(apples.name, [committed])
     metadata.write_reservation(apples.name)
     store, metadata = reopened(store)
-    assert store.ledger.reservations == {apples.name: {committed, *apples.blobs}}
+    assert store.ledger.arrivals.reservations == {apples.name: {committed, *apples.blobs}}
     assert find_garbage(store.ledger) == []
     for blob in rest:
         put(store.layout, blob, apples.blobs[blob])
         store.commit(blob)
     store.seal(apples)
     store, metadata = reopened(store)  # a crash before the end of the download was recorded
-    assert store.ledger.reservations == {}
+    assert store.ledger.arrivals.reservations == {}
     assert {str(p.relative_to(root)) for p in root.rglob("*") if not p.is_dir()} - {"VERSION", "lock"} == files_of(
         apples
     )

@@ -21,8 +21,8 @@ from shoal_storage.admission.admission import admit
 from shoal_storage.files import leaf_hash_file
 from shoal_storage.integrity import blob_check, quarantine
 from shoal_storage.integrity.repair import create_partial, record_good_leaves, repairable_blobs
-from shoal_storage.ledger.completeness import manifests_with_blob, mark_incomplete
 from shoal_storage.ledger.ledger import Ledger
+from shoal_storage.ledger.references import manifests_with_blob
 from shoal_storage.settings import StorageSettings
 from shoal_storage.store.commit import delete_quarantined
 from shoal_storage.store.partials import delete_partial, verify_partial, write_partial
@@ -63,8 +63,7 @@ def verify_changed_blob(store: StoreFixture, blob: str) -> blob_check.Verificati
     checked = blob_check.hash_blob(store.disk, blob, no_rate_limit)
     assert checked is not None and not checked.intact
     assert quarantine.quarantine_blob(store.disk, checked, manifests_with_blob(blob, store.ledger))
-    mark_incomplete({blob}, store.ledger)
-    store.ledger.quarantined.add(blob)
+    store.ledger.quarantine(blob)
     record_good_leaves(store.disk, checked)
     return checked
 
@@ -184,7 +183,7 @@ def test_a_repair_that_does_not_make_the_blob_is_discarded(root: Path) -> None:
     lie[2] = leaf_hash(b"?")
     leaf_hash_file.write(store.layout, blob, b"".join(lie), store.layout.blob(blob).stat().st_mtime_ns)
     assert verify_changed_blob(store, blob).bad_leaf_count == 1
-    partial = store.ledger.partials
+    partial = store.ledger.arrivals.partials
     create_partial(store.disk, blob, len(whole), [model.name])
     directory = store.layout.partial(blob)
     with (directory / "data").open("r+b") as f:
@@ -316,7 +315,9 @@ def test_I3_a_repair_needs_disk_space_only_for_missing_leaves(
     blob = "ab" * 32
     file = ManifestFile(path="weights.bin", size_bytes=size_bytes, sha256=blob)
     manifest = Manifest(repo="org/m", commit="0" * 40, files=[file])
-    ledger = Ledger(repairable={blob: min(there_bytes, size_bytes)})
+    ledger = Ledger()
+    ledger.quarantine(blob)
+    ledger.set_repairable({blob: min(there_bytes, size_bytes)})
 
     def approved(quota_bytes: int | None) -> bool:
         try:

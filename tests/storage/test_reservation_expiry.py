@@ -17,8 +17,8 @@ from shoal_storage.admission.reservation_expiry import (
 )
 from shoal_storage.eviction.planner import find_garbage, plan_eviction, protected_models
 from shoal_storage.ledger.entries import PartialBlobInfo
-from shoal_storage.ledger.ledger import Ledger
 from shoal_storage.ledger.references import bytes_of_paused_models
+from tests.storage.ledger_builder import build_ledger
 from tests.storage.test_eviction_planner import manifest_of
 
 NOW_S = 1_800_000_000.0
@@ -58,8 +58,11 @@ SPANS_S = st.sampled_from(
 def test_I4_a_requested_model_keeps_its_reservation(
     request: DownloadRequestView | None, unwanted_s: float, down_s: float, retention_s: int, ended: bool
 ) -> None:
-    ledger = Ledger(reservations={MODEL: {"a" * 64}}, last_wanted_s={MODEL: NOW_S - unwanted_s})
-    ledger.ended_reservations = {MODEL} if ended else set()
+    ledger = build_ledger(
+        reservations={MODEL: {"a" * 64}},
+        last_wanted_s={MODEL: NOW_S - unwanted_s},
+        ended_reservations=[MODEL] if ended else [],
+    )
     steps = expiry_actions(ledger, [request] if request else [], down_s, NOW_S, retention_s)
     requested = request is not None and request.commit in (COMMIT, "")
     if requested and down_s < FETCHER_DOWN_AFTER_S and not ended:
@@ -76,14 +79,14 @@ def test_I4_a_requested_model_keeps_its_reservation(
 
 @given(SPANS_S, SPANS_S)
 def test_I4_a_paused_model_keeps_its_reservation(unwanted_s: float, down_s: float) -> None:
-    ledger = Ledger(reservations={MODEL: {"a" * 64}}, last_wanted_s={MODEL: NOW_S - unwanted_s})
+    ledger = build_ledger(reservations={MODEL: {"a" * 64}}, last_wanted_s={MODEL: NOW_S - unwanted_s})
     steps = expiry_actions(ledger, [DownloadRequestView("org/model", COMMIT, paused=True)], down_s, NOW_S, 0)
     assert not steps.end and not steps.remove
     assert bool(steps.renew) == (unwanted_s >= RENEW_INTERVAL_S)
 
 
 def test_a_model_paused_and_fetched_by_two_names_is_not_paused() -> None:
-    ledger = Ledger(reservations={MODEL: {"a" * 64}})
+    ledger = build_ledger(reservations={MODEL: {"a" * 64}})
     paused, fetched = DownloadRequestView("org/model", COMMIT, paused=True), DownloadRequestView("org/model", COMMIT)
     assert paused_models(ledger, [paused]) == {MODEL}
     assert (
@@ -96,11 +99,14 @@ def test_a_model_paused_and_fetched_by_two_names_is_not_paused() -> None:
 
 def test_a_paused_models_bytes_exclude_what_others_need() -> None:
     own, shared = "b" * 64, "d" * 64
-    ledger = Ledger(blobs={own: 5, shared: 7}, paused_models={MODEL, f"org/gone@{COMMIT}"})
-    ledger.partials = {"1" * 64: PartialBlobInfo(100, 20, {MODEL})}
     other = f"org/whole@{COMMIT}"
-    ledger.reservations = {MODEL: {"1" * 64, own, shared}}
-    ledger.manifests[other] = manifest_of(other, [shared], {shared: 7})
+    ledger = build_ledger(
+        {own: 5, shared: 7},
+        manifests=[manifest_of(other, [shared], {shared: 7})],
+        partials={"1" * 64: PartialBlobInfo(100, 20, {MODEL})},
+        reservations={MODEL: {"1" * 64, own, shared}},
+    )
+    ledger.arrivals.set_paused({MODEL, f"org/gone@{COMMIT}"})
     assert bytes_of_paused_models(ledger) == {MODEL: 105}
     assert ledger.reserved_bytes == 100 and find_garbage(ledger) == [], "wanted, so no garbage"
     assert not plan_eviction(1000, ledger, {}, protected_models(ledger, {})).ended_downloads
@@ -124,25 +130,34 @@ def test_download_requests_get_their_commits_from_the_states() -> None:
 
 
 def test_I3_an_ended_reservation_counts_only_its_allocated_bytes() -> None:
-    ledger = Ledger(partials={"a" * 64: PartialBlobInfo(100, allocated_bytes=30, models={MODEL})})
-    assert (ledger.reserved_bytes, ledger.in_flight_bytes, ledger.needed_bytes("a" * 64, 100)) == (100, 70, 0)
-    ledger.ended_reservations = {MODEL}
-    assert (ledger.reserved_bytes, ledger.in_flight_bytes, ledger.needed_bytes("a" * 64, 100)) == (30, 0, 70)
-    ledger.partials["a" * 64].models.add("org/other@" + COMMIT)
-    assert (ledger.reserved_bytes, ledger.in_flight_bytes) == (100, 70), "another still wants it"
+    ledger = build_ledger(partials={"a" * 64: PartialBlobInfo(100, allocated_bytes=30, models={MODEL})})
+    assert (ledger.reserved_bytes, ledger.arrivals.in_flight_bytes, ledger.arrivals.needed_bytes("a" * 64, 100)) == (
+        100,
+        70,
+        0,
+    )
+    ledger.arrivals.abandon_reservation(MODEL)
+    assert (ledger.reserved_bytes, ledger.arrivals.in_flight_bytes, ledger.arrivals.needed_bytes("a" * 64, 100)) == (
+        30,
+        0,
+        70,
+    )
+    ledger.arrivals.reserve_blob("a" * 64, 100, "org/other@" + COMMIT)
+    assert (ledger.reserved_bytes, ledger.arrivals.in_flight_bytes) == (100, 70), "another still wants it"
 
 
 def test_a_plan_takes_garbage_then_ended_downloads_then_models() -> None:
     older, newer = f"org/older@{COMMIT}", f"org/newer@{COMMIT}"
     whole = "f" * 64
-    ledger = Ledger(
-        blobs={"b" * 64: 5, "d" * 64: 7}, ended_reservations={older, newer}, last_wanted_s={older: 1.0, newer: 2.0}
-    )
-    ledger.partials = {"1" * 64: PartialBlobInfo(100, 20, {older}), "2" * 64: PartialBlobInfo(100, 30, {newer})}
-    ledger.reservations = {older: {"1" * 64, "d" * 64}, newer: {"2" * 64}}
-    ledger.blobs[whole] = 50
     model = f"org/whole@{COMMIT}"
-    ledger.manifests[model] = manifest_of(model, [whole], {whole: 50})
+    ledger = build_ledger(
+        {"b" * 64: 5, "d" * 64: 7, whole: 50},
+        manifests=[manifest_of(model, [whole], {whole: 50})],
+        partials={"1" * 64: PartialBlobInfo(100, 20, {older}), "2" * 64: PartialBlobInfo(100, 30, {newer})},
+        reservations={older: {"1" * 64, "d" * 64}, newer: {"2" * 64}},
+        last_wanted_s={older: 1.0, newer: 2.0},
+        ended_reservations=[older, newer],
+    )
     kept = protected_models(ledger, {})
     assert kept == {} and find_garbage(ledger) == ["b" * 64]
 

@@ -98,7 +98,7 @@ async def a_fetch(
         cluster.set_request(COMES)
         await held.guard.reserve(Reserve(manifest=COMES.manifest))
         put(held.disk.layout, BLOB, COMES.blobs[BLOB])
-        cluster.begun_s = held.ledger.last_wanted_s[COMES.name]
+        cluster.begun_s = held.ledger.arrivals.last_wanted_s[COMES.name]
         yield held, cluster
 
 
@@ -109,26 +109,29 @@ async def test_a_reservation_and_then_its_bytes_outlive_the_request(
         for after_s in (100.0, DAY_S, 30 * DAY_S):
             await cluster.check_after(after_s)
             assert (
-                held.ledger.ended_reservations == set()
-                and held.ledger.last_wanted_s[COMES.name] == cluster.begun_s + after_s
+                held.ledger.arrivals.ended_reservations == set()
+                and held.ledger.arrivals.last_wanted_s[COMES.name] == cluster.begun_s + after_s
             )
         cluster.set_request(COMES, False)
         await cluster.check_after(30 * DAY_S + RESERVATION_GRACE_S - 1)
-        assert held.ledger.ended_reservations == set()
+        assert held.ledger.arrivals.ended_reservations == set()
         await cluster.check_after(30 * DAY_S + RESERVATION_GRACE_S)
-        assert held.ledger.ended_reservations == {COMES.name}
+        assert held.ledger.arrivals.ended_reservations == {COMES.name}
         assert protected_models(held.ledger, {}) == {}
         with pytest.raises(NotFound, match="has ended because nobody wanted it; reserve it again"):
             await held.guard.commit(CommitBlob(blob=BLOB))
         # Its whole size no longer counts: there is space for others.
         await held.guard.evictions.refresh_free_space()
-        occupied = held.ledger.partials[BLOB].allocated_bytes
-        assert held.ledger.reserved_bytes == occupied <= 3000 and held.ledger.in_flight_bytes == 0
+        occupied = held.ledger.arrivals.partials[BLOB].allocated_bytes
+        assert held.ledger.reserved_bytes == occupied <= 3000 and held.ledger.arrivals.in_flight_bytes == 0
         await cluster.check_after(37 * DAY_S - 1)
         assert has_partial(held.disk, BLOB)
         await cluster.check_after(37 * DAY_S)
-        assert files_below(held.disk.layout.root) == set() and held.ledger.partials == {} == held.ledger.reservations
-        assert held.ledger.ended_reservations == set() and held.ledger.last_wanted_s == {}
+        assert (
+            files_below(held.disk.layout.root) == set()
+            and held.ledger.arrivals.partials == {} == held.ledger.arrivals.reservations
+        )
+        assert held.ledger.arrivals.ended_reservations == set() and held.ledger.arrivals.last_wanted_s == {}
 
 
 async def test_reserving_again_revives_a_reservation_with_its_bytes(
@@ -137,13 +140,13 @@ async def test_reserving_again_revives_a_reservation_with_its_bytes(
     async with a_fetch(nats, tmp_path, fresh("storage"), StorageSettings(4000, 0)) as (held, cluster):
         cluster.set_request(COMES, False)
         await cluster.check_after(RESERVATION_GRACE_S)
-        assert held.ledger.ended_reservations == {COMES.name}
+        assert held.ledger.arrivals.ended_reservations == {COMES.name}
         await held.guard.reserve(Reserve(manifest=COMES.manifest))
-        assert held.ledger.ended_reservations == set()
+        assert held.ledger.arrivals.ended_reservations == set()
         assert (await held.guard.commit(CommitBlob(blob=BLOB))).size_bytes == 3000
         await held.guard.seal(SealModel(manifest=COMES.sealed))
         assert files_below(held.disk.layout.root) == files_of(COMES)
-        assert held.ledger.last_wanted_s == {}
+        assert held.ledger.arrivals.last_wanted_s == {}
 
 
 async def test_a_retention_of_0_keeps_nothing(nats: NatsServer, fresh: Fresh, tmp_path: Path) -> None:
@@ -163,13 +166,13 @@ async def test_a_dead_fetcher_ends_its_reservations_unless_it_restarts(
         await cluster.check_after(0.0)
         cluster.fetcher(False)
         await cluster.check_after(FETCHER_DOWN_AFTER_S - 1, FETCHER_DOWN_AFTER_S - 1)
-        assert held.ledger.ended_reservations == set()
+        assert held.ledger.arrivals.ended_reservations == set()
         cluster.fetcher(True)
         await cluster.check_after(FETCHER_DOWN_AFTER_S, 1.0)
-        assert held.ledger.last_wanted_s[COMES.name] == cluster.begun_s + FETCHER_DOWN_AFTER_S
+        assert held.ledger.arrivals.last_wanted_s[COMES.name] == cluster.begun_s + FETCHER_DOWN_AFTER_S
         cluster.fetcher(False)
         await cluster.check_after(2 * FETCHER_DOWN_AFTER_S, FETCHER_DOWN_AFTER_S)
-        assert held.ledger.ended_reservations == {COMES.name} and has_partial(held.disk, BLOB)
+        assert held.ledger.arrivals.ended_reservations == {COMES.name} and has_partial(held.disk, BLOB)
 
 
 async def test_a_storage_without_nats_ends_no_reservation(
@@ -182,7 +185,7 @@ async def test_a_storage_without_nats_ends_no_reservation(
             patched.setattr(connected, "is_connected", property(lambda _: False))
             await cluster.check_after(10 * FETCHER_DOWN_AFTER_S, 10 * FETCHER_DOWN_AFTER_S)
             await cluster.check_after(20 * FETCHER_DOWN_AFTER_S, 10 * FETCHER_DOWN_AFTER_S)
-        assert held.ledger.ended_reservations == set()
+        assert held.ledger.arrivals.ended_reservations == set()
 
 
 async def test_I4_leftovers_of_a_download_are_evicted_before_any_model(
@@ -193,14 +196,14 @@ async def test_I4_leftovers_of_a_download_are_evicted_before_any_model(
         cluster.set_request(COMES, False)
         await cluster.check_after(RESERVATION_GRACE_S)
         await held.guard.evictions.refresh_free_space()
-        occupied = held.ledger.partials[BLOB].allocated_bytes
+        occupied = held.ledger.arrivals.partials[BLOB].allocated_bytes
         new = model_of("larger", 9000 - 2000 - occupied + 1)
         dry = await held.guard.evictions.plan_for_new_bytes(new.manifest.size_bytes)
         assert [v.model for v in dry.ended_downloads] == [COMES.name] and not dry.victims
         assert dry.freed_bytes == occupied
         went = await held.reserve(new)
         assert went is not None and went.ended_downloads == dry.ended_downloads and went.freed_bytes == occupied
-        assert held.ledger.manifests.keys() == {A.name, B.name} and BLOB not in held.ledger.partials
+        assert held.ledger.manifests.keys() == {A.name, B.name} and BLOB not in held.ledger.arrivals.partials
 
 
 async def test_what_two_downloads_share_stays_reserved_for_the_other(
@@ -213,7 +216,7 @@ async def test_what_two_downloads_share_stays_reserved_for_the_other(
         cluster.set_request(COMES, False)
         cluster.set_request(twin)
         await cluster.check_after(RESERVATION_GRACE_S + 60)
-        assert held.ledger.partials[BLOB].models == {twin.name}
+        assert held.ledger.arrivals.partials[BLOB].models == {twin.name}
         assert (await held.guard.commit(CommitBlob(blob=BLOB))).size_bytes == 3000
         await held.guard.release(Release(manifest=twin.manifest))
 
@@ -230,8 +233,8 @@ async def test_I6_a_restart_knows_when_a_reservation_was_last_wanted(
                     path.unlink()
             ledger = recover_store(held.disk)
             MetadataFiles(held.disk.layout, ledger).read()
-            assert ledger.last_wanted_s.keys() == {COMES.name}
-            assert abs(ledger.last_wanted_s[COMES.name] - cluster.begun_s - 1000.0) < 0.001
+            assert ledger.arrivals.last_wanted_s.keys() == {COMES.name}
+            assert abs(ledger.arrivals.last_wanted_s[COMES.name] - cluster.begun_s - 1000.0) < 0.001
 
 
 async def test_a_start_ends_long_unwanted_reservations_with_an_event(

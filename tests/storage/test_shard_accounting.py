@@ -18,9 +18,9 @@ from shoal_common.store import leaf_set
 from shoal_common.store.bitmap import LEAF_BYTES
 from shoal_common.store.leaf_hash import hash_leaf_list
 from shoal_storage.ledger.entries import PartialBlobInfo, Shard
-from shoal_storage.ledger.ledger import Ledger
 from tests.harness.nats import NatsServer
 from tests.harness.waiting import eventually
+from tests.storage.ledger_builder import build_ledger
 from tests.storage.running_storage import WAIT_TIMEOUT_S, on_node
 from tests.storage.shard_fixtures import (
     BLOB,
@@ -150,10 +150,10 @@ def test_I3_used_plus_reserved_is_what_may_come_to_the_disk(
         asked[model] = own | more
         here, wanted = here | own, wanted | own | more
     partial = PartialBlobInfo(size_bytes, leaf_set.byte_count(here, size_bytes), set(models), asked, here)
-    ledger = Ledger(partials={BLOB: partial}, shards=parts)
+    ledger = build_ledger(partials={BLOB: partial}, shards=parts.values())
     assert ledger.used_bytes == leaf_set.byte_count(here, size_bytes)
     assert ledger.reserved_bytes == leaf_set.byte_count(wanted & ~here, size_bytes)
-    assert ledger.in_flight_bytes == ledger.reserved_bytes
+    assert ledger.arrivals.in_flight_bytes == ledger.reserved_bytes
 
 
 async def test_I3_a_shard_on_a_second_volume_follows_that_volume(

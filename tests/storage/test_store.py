@@ -36,7 +36,7 @@ def test_a_model_that_came_in_is_complete_and_nothing_else_is(root: Path, apples
     del store
     again = reopened(root)
     assert again.holds(apples) and again.holds(pears)
-    assert not again.ledger.partials and not again.ledger.incomplete
+    assert not again.ledger.arrivals.partials and not again.ledger.incomplete
     assert files_below(root) == files_of(apples, pears)
 
 
@@ -206,8 +206,8 @@ def test_partials_without_a_reservation_go_and_others_stay(root: Path, apples: M
     (store.layout.partial(read_only) / "data").chmod(0o444)
     del store
     store = reopened(root)
-    assert set(store.ledger.partials) == {read_only}
-    assert store.ledger.partials[read_only].models == {apples.name}
+    assert set(store.ledger.arrivals.partials) == {read_only}
+    assert store.ledger.arrivals.partials[read_only].models == {apples.name}
     assert store.ledger.reserved_bytes == len(apples.blobs[read_only])
     assert {p.name for p in store.layout.partials.iterdir()} == {read_only}
     assert (store.layout.partial(read_only) / "data").stat().st_mode & 0o200, "the fetcher must be able to go on"
@@ -238,7 +238,7 @@ def test_foreign_files_are_left_alone(root: Path, apples: Model) -> None:
     store = reopened(root)
     assert set(store.ledger.manifests) == {apples.name}
     assert set(store.ledger.blobs) == {f.sha256 for f in apples.sealed.files}
-    assert not store.ledger.partials
+    assert not store.ledger.arrivals.partials
     assert files_below(root) == files_of(apples) | {str(p.relative_to(root)) for p in strange}
 
 

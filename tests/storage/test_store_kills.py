@@ -120,7 +120,7 @@ def start_after(life: Life, acknowledged: list[str]) -> None:
         if what == "committed" and which not in leaves:
             assert which in ledger.blobs, "an acknowledged blob is lost"
         if what == "reserved" and which not in leaves:
-            assert which in {*ledger.partials, *ledger.blobs}, "an acknowledged reservation is lost"
+            assert which in {*ledger.arrivals.partials, *ledger.blobs}, "an acknowledged reservation is lost"
     assert not any(store.layout.tombstones.iterdir())
     assert not [p for p in files_below(root) if p.endswith(".json.new")]
     # Everything goes on from here, to the same end.

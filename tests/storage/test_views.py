@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from shoal_storage.integrity import blob_check, quarantine
-from shoal_storage.ledger.completeness import manifests_with_blob
+from shoal_storage.ledger.references import manifests_with_blob
 from shoal_storage.store import views
 from tests.harness.tiny_filesystem import small_disk
 from tests.storage.store_fixtures import Model, StoreFixture, files_below

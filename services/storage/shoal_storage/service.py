@@ -171,8 +171,8 @@ async def _read_ledger(store: Store) -> Ledger:
     """Read what the disk holds, after finishing what a crash interrupted."""
     leases = await asyncio.to_thread(lease_files.read_leases, store, time.monotonic(), time.time())
     ledger = await asyncio.to_thread(recover_store, store, leases)
-    ledger.quarantined = await asyncio.to_thread(quarantined_blobs, store)
-    ledger.repairable = await asyncio.to_thread(repairable_blobs, store, ledger.quarantined)
+    ledger.add_quarantined(await asyncio.to_thread(quarantined_blobs, store))
+    ledger.set_repairable(await asyncio.to_thread(repairable_blobs, store, ledger.quarantined))
     await drop_obsolete_quarantine(store, ledger)
     return ledger
 

@@ -70,9 +70,9 @@ def delete(layout: StorePaths, model: str) -> None:
         fsync_path(path.parent)
 
 
-def read(store: Store, ledger: Ledger) -> dict[str, Shard]:
-    """Read the shards at start. Deletes the records of those that are not completely here. Blocking."""
-    paths, shards = store.layout, dict[str, Shard]()
+def read(store: Store, ledger: Ledger) -> None:
+    """Add the shards on the disk to the ledger, at start. Deletes those that are not complete. Blocking."""
+    paths = store.layout
     for model, path in iter_model_files(paths.shards):
         try:
             shard = _read(path, model)
@@ -83,8 +83,7 @@ def read(store: Store, ledger: Ledger) -> dict[str, Shard]:
             log.warning("shard incomplete; dropped", model=model, reason=str(e))
             delete(paths, model)
             continue
-        shards[model] = shard
-    return shards
+        ledger.add_shard(shard)
 
 
 def _read(path: Path, model: str) -> Shard:
@@ -104,7 +103,7 @@ def _require_leaves(shard: Shard, ledger: Ledger, store: Store) -> dict[str, Par
         needed_leaves = shard.leaves.get(f.blob)
         if ledger.blob_size(f.blob) == f.size_bytes or needed_leaves == 0:
             continue
-        partial = ledger.partials.get(f.blob)
+        partial = ledger.arrivals.partials.get(f.blob)
         if needed_leaves is None or partial is None or partial.size_bytes != f.size_bytes:
             raise NotFound(f"{f.path} of {shard.manifest.model} is not here; reserve it")
         if needed_leaves & ~durable_leaves(store, f.blob, f.size_bytes):
@@ -183,22 +182,26 @@ class ShardService:
                 raise NotFound(f"the partial blob {blob[:16]}… is gone; reserve it again") from None
             except Corrupt:
                 async with self._section:
-                    if self._ledger.partials.get(blob) is partial:
-                        await self.discard_corrupt_partial(blob, partial)
+                    if self._ledger.arrivals.is_same_arrival(blob, partial):
+                        await self.discard_corrupt_partial(blob)
                 raise
         async with self._section:
             still_partial = await asyncio.to_thread(_require_leaves, shard, self._ledger, self._store)
-            if any(still_partial[blob] is not partials.get(blob) for blob in still_partial):
+            if not still_partial.keys() <= partials.keys() or not all(
+                self._ledger.arrivals.is_same_arrival(blob, partials[blob]) for blob in still_partial
+            ):
                 raise NotFound(f"a reservation of {manifest.model} was cancelled; reserve it again")
             if self._ledger.shards.get(manifest.model) is not before:
                 raise NotFound(f"the shard of {manifest.model} changed meanwhile; reserve it again")
             for blob, partial in still_partial.items():
                 await asyncio.to_thread(truncate_to_size, self._store.layout, blob, partial.size_bytes)
             await asyncio.to_thread(write, self._store.layout, shard)
-            self._ledger.shards[manifest.model] = shard
-            self._ledger.reservations[manifest.model] = set(manifest.blob_sizes)
+            self._ledger.add_shard(shard)
+            self._ledger.arrivals.reserve(manifest.model, manifest.blob_sizes)
             await asyncio.to_thread(self._metadata.write_reservation, manifest.model)
-            if not any(manifest.model in p.models - p.leaves_by_model.keys() for p in self._ledger.partials.values()):
+            if not any(
+                manifest.model in p.models - p.leaves_by_model.keys() for p in self._ledger.arrivals.partials.values()
+            ):
                 await self.finish_shard(manifest.model)  # otherwise another download fetches all of it
             await asyncio.to_thread(self._metadata.record_arrival, manifest.model)
             await self._publisher.publish_shard(shard)
@@ -209,17 +212,16 @@ class ShardService:
     async def finish_shard(self, model: str) -> None:
         """Reduce a model's reservation to the shard that is here: no more of the model will arrive."""
         shard = self._ledger.shards[model]
-        for blob, partial in self._ledger.partials.items():
-            if model in partial.models and partial.leaves_by_model.get(model) != (
-                needed_leaves := shard.leaves.get(blob, 0)
-            ):
+        for blob, partial in list(self._ledger.arrivals.partials.items()):
+            needed_leaves = shard.leaves.get(blob, 0)
+            if model in partial.models and partial.leaves_by_model.get(model) != needed_leaves:
                 changed = partial.with_model(model, needed_leaves)
                 await asyncio.to_thread(
                     write_partial, self._store, blob, partial.size_bytes, changed.models, changed.leaves_by_model
                 )
-                partial.leaves_by_model = changed.leaves_by_model
-            if partial.leaves_by_model:
-                await asyncio.to_thread(refresh_partial, self._store, blob, partial)
+                self._ledger.arrivals.reserve_blob(blob, partial.size_bytes, model, needed_leaves)
+            if self._ledger.arrivals.partials[blob].leaves_by_model:
+                await asyncio.to_thread(refresh_partial, self._store, blob, self._ledger)
 
     async def require_complete(self, shard: Shard) -> None:
         """Check that a shard is complete. If leaves were deleted, drop it and raise NotFound."""
@@ -242,16 +244,17 @@ class ShardService:
         """Drop a shard: its model is complete, or is deleted. Does nothing if there is none."""
         if model in self._ledger.shards:
             await asyncio.to_thread(delete, self._store.layout, model)
-            del self._ledger.shards[model]
+            self._ledger.drop_shard(model)
             await self._publisher.unpublish_shard(model)
 
-    async def discard_corrupt_partial(self, blob: str, partial: PartialBlobInfo) -> None:
+    async def discard_corrupt_partial(self, blob: str) -> None:
         """Delete a corrupt partial blob, and reserve it again for the same models."""
         for model in [m for m, shard in self._ledger.shards.items() if shard.leaves.get(blob)]:
             log.warning("shard lost leaves to a corrupt partial blob; dropped", model=model, blob=blob)
             await self.drop(model)
+        partial = self._ledger.arrivals.partials[blob]
         await asyncio.to_thread(delete_partial, self._store, blob)
         await asyncio.to_thread(
             write_partial, self._store, blob, partial.size_bytes, partial.models, partial.leaves_by_model
         )
-        await asyncio.to_thread(refresh_partial, self._store, blob, partial)
+        await asyncio.to_thread(refresh_partial, self._store, blob, self._ledger)

@@ -20,7 +20,6 @@ from shoal_storage.files import leaf_hash_file
 from shoal_storage.files.blob_stat import list_blobs
 from shoal_storage.files.volume_paths import VolumePaths
 from shoal_storage.integrity.quarantine import quarantined_on
-from shoal_storage.ledger.completeness import is_complete, mark_incomplete
 from shoal_storage.ledger.entries import BlobFileStat, PartialBlobInfo
 from shoal_storage.ledger.lease import ModelLease
 from shoal_storage.ledger.ledger import Ledger
@@ -49,8 +48,9 @@ def recover_store(store: Store, leases: Mapping[str, ModelLease] | None = None) 
     tombstones = dict(_read_tombstones(paths))
     deleted = {m.model: m for m in tombstones.values()}
     ledger = _read_store(store)
-    ledger.leases = dict(leases or {})
-    ledger.shards = shards.read(store, ledger)
+    for lease in (leases or {}).values():
+        ledger.uses.add_lease(lease)
+    shards.read(store, ledger)
     for manifest in deleted.values():
         with _log_and_continue(manifest.model, ledger, deleted):
             leftover_path = leftover_blobs(manifest, ledger)
@@ -59,7 +59,7 @@ def recover_store(store: Store, leases: Mapping[str, ModelLease] | None = None) 
                     delete_blob(store, sha256)
             finally:
                 for sha256 in store.missing_files(leftover_path):
-                    del ledger.blobs[sha256]
+                    ledger.drop_blob(sha256)
     times: set[tuple[int, int]] | None = None
     for view in paths.views.glob("*/*"):
         # Of a model whose deletion or sealing was interrupted. Its links would keep blobs on the disk.
@@ -92,62 +92,43 @@ def attach_volume(store: Store, ledger: Ledger, volume_id: str) -> None:
     for sha256, stamp in list_blobs(volume_paths, volume_id).items():
         if sha256 in ledger.blobs:
             if stamp.is_verified:
-                ledger.redundant_copies.setdefault(sha256, {})[volume_id] = stamp.size_bytes
-        elif sha256 not in ledger.unverified and (stamp.is_verified or sha256 not in ledger.partials):
-            if ledger.partials.pop(sha256, None) is not None:  # the whole blob is here: none of it has to arrive
+                ledger.add_copy(sha256, volume_id, stamp.size_bytes)
+        elif sha256 not in ledger.unverified and (stamp.is_verified or sha256 not in ledger.arrivals.partials):
+            if sha256 in ledger.arrivals.partials:  # the whole blob is here: none of it has to arrive
                 delete_partial(store, sha256)
-            ledger.volume_by_blob[sha256] = volume_id
+                ledger.arrivals.drop_partial(sha256)
+            store.layout.blob_volumes.place(sha256, volume_id)
             _add_blob(store, ledger, sha256, stamp)
     for directory in volume_paths.partials.iterdir():
         name, known_volume = directory.name, ledger.volume_by_blob.get(directory.name)
-        if name in ledger.partials or (name in ledger.blobs and known_volume != volume_id):
+        if name in ledger.arrivals.partials or (name in ledger.blobs and known_volume != volume_id):
             store.delete(directory)  # it arrives, or is present, elsewhere
             continue
-        ledger.volume_by_blob[name] = volume_id
-        partial = _read_partial(store, directory, ledger)
-        if partial is not None:
-            ledger.partials[name] = partial
+        store.layout.blob_volumes.place(name, volume_id)
+        if _read_partial(store, directory, ledger):
             link_partial(store, name)
         elif known_volume is None:
-            del ledger.volume_by_blob[name]
+            store.layout.blob_volumes.place(name, "")
     for tombstone in volume_paths.tombstones.iterdir():
         store.delete(tombstone)
-    ledger.quarantined |= quarantined_on(store, volume_id)
+    ledger.add_quarantined(quarantined_on(store, volume_id))
 
 
 def detach_volume(store: Store, ledger: Ledger, volume_id: str) -> list[str]:
     """Drop a missing volume's contents from the ledger. Returns the models (`org/name@commit`) now incomplete."""
-
-    def on_volume(blobs: Iterable[str]) -> set[str]:
-        return {blob for blob in blobs if ledger.volume_by_blob.get(blob) == volume_id}
-
-    lost = on_volume(ledger.blobs)
-    for sha256, copies in list(ledger.redundant_copies.items()):
-        copies.pop(volume_id, None)
-        if sha256 in lost and copies:
-            lost.discard(sha256)
-            store.layout.set_volume(sha256, next(iter(copies)))
-            copies.pop(next(iter(copies)))
-        if not copies:
-            del ledger.redundant_copies[sha256]
-    for sha256 in on_volume(ledger.unverified):
-        del ledger.unverified[sha256]
-        ledger.corrupt.pop(sha256, None)
-    for blob in on_volume(ledger.partials):
-        del ledger.partials[blob]
-        store.layout.partial_link(blob).unlink(missing_ok=True)
-    quarantined = on_volume(ledger.quarantined)
-    ledger.quarantined -= quarantined
-    ledger.repairable = {b: size for b, size in ledger.repairable.items() if b not in quarantined}
+    for blob in ledger.arrivals.partials:
+        if ledger.volume_by_blob.get(blob) == volume_id:
+            store.layout.partial_link(blob).unlink(missing_ok=True)
+    incomplete = ledger.detach_volume(volume_id)
     store.detach_volume(volume_id)
-    return mark_incomplete(lost, ledger)
+    return incomplete
 
 
 def _add_blob(store: Store, ledger: Ledger, sha256: str, stamp: BlobFileStat) -> None:
     if not is_trusted(stamp, has_leaf_hash_file=leaf_hash_file.is_verified(store.layout, sha256)):
-        ledger.unverified[sha256] = stamp
+        ledger.add_unverified(sha256, stamp)
         return
-    ledger.blobs[sha256] = stamp.size_bytes
+    ledger.add_blob(sha256, stamp.size_bytes)
     if not stamp.is_verified:
         write_stamp(sha256, store.layout.blob(sha256))
         leaf_hash_file.copy_mtime(store.layout, sha256)
@@ -155,7 +136,7 @@ def _add_blob(store: Store, ledger: Ledger, sha256: str, stamp: BlobFileStat) ->
 
 def _times_of(layout: VolumePaths, blobs: Iterable[str]) -> set[tuple[int, int]]:
     """Return the size and mtime_ns of the store's blobs: their reflinks have the same."""
-    stats = (layout.blob(b).lstat() for b in blobs if b not in layout.volume_by_blob)
+    stats = (layout.blob(b).lstat() for b in blobs if not layout.volume_of(b))
     return {(blob_stat.st_size, blob_stat.st_mtime_ns) for blob_stat in stats}
 
 
@@ -166,8 +147,8 @@ def _log_and_continue(model: str, ledger: Ledger, deleted: Mapping[str, Manifest
         yield
     except OSError as e:
         log.warning("cannot delete the rest of a deleted model", model=model, reason=str(e))
-        if model in deleted and model not in ledger.stored_manifests:
-            ledger.deleting[model] = deleted[model]
+        if model in deleted:
+            ledger.add_deletion(deleted[model])
 
 
 def _read_tombstones(layout: StorePaths) -> Iterator[tuple[Path, Manifest]]:
@@ -179,21 +160,20 @@ def _read_tombstones(layout: StorePaths) -> Iterator[tuple[Path, Manifest]]:
 
 def _read_store(store: Store) -> Ledger:
     scanned = scan_store(store.layout)
-    ledger = Ledger(foreign=scanned.foreign, volume_by_blob=store.layout.volume_by_blob)
+    ledger = Ledger(store.layout.blob_volumes)
+    ledger.set_foreign(scanned.foreign)
     for sha256, stamp in scanned.blobs.items():
         if not stamp.volume_id:
             _add_blob(store, ledger, sha256, stamp)
     for directory in store.layout.partials.iterdir():
-        partial = _read_partial(store, directory, ledger)
-        if partial is not None:
-            ledger.partials[directory.name] = partial
+        _read_partial(store, directory, ledger)
     for volume_id in list(store.volumes):
         attach_volume(store, ledger, volume_id)
-    for model, manifest in scanned.manifests.items():
-        complete = is_complete(manifest, ledger)
-        if not complete:
-            log.warning("model incomplete; not published", model=model)
-        (ledger.manifests if complete else ledger.incomplete)[model] = manifest
+    for manifest in scanned.manifests.values():
+        ledger.add_manifest(manifest)
+    ledger.mark_complete()
+    for model in ledger.incomplete:
+        log.warning("model incomplete; not published", model=model)
     if scanned.foreign.count:
         log.warning(
             "foreign files in the store; left alone",
@@ -204,26 +184,28 @@ def _read_store(store: Store) -> Ledger:
     return ledger
 
 
-def _read_partial(store: Store, directory: Path, ledger: Ledger) -> PartialBlobInfo | None:
+def _read_partial(store: Store, directory: Path, ledger: Ledger) -> bool:
+    """Add a partial blob to the ledger, or delete it if it is none. Returns whether it was added."""
     try:
         blob = check_blob(directory.name)
         meta = decode((directory / "meta.json").read_bytes(), PartialMeta)
         # A commit that was interrupted before its rename made it read-only.
         (directory / "data").chmod(PARTIAL_MODE)
     except BadName:
-        return None
+        return False
     except (ShoalError, FileNotFoundError, NotADirectoryError):
         # Its reservation was never acknowledged, or its data is already a blob.
         log.info("unfinished partial blob deleted", path=directory)
         store.delete(directory)
-        return None
+        return False
     if ledger.blobs.get(blob) == meta.size_bytes:
         store.delete(directory)
-        return None
+        return False
     try:
         leaves = {m: leaf_set.from_ranges(ranges, meta.size_bytes) for m, ranges in meta.leaves.items()}
     except BadInput:
         leaves = {}  # all of it, then: never too little
-    partial = PartialBlobInfo(meta.size_bytes, models=set(meta.models), leaves_by_model=leaves)
-    refresh_partial(store, blob, partial)
-    return partial
+    partial = PartialBlobInfo(meta.size_bytes, models=frozenset(meta.models), leaves_by_model=leaves)
+    ledger.arrivals.add_partial(blob, partial)
+    refresh_partial(store, blob, ledger)
+    return True

@@ -165,7 +165,8 @@ class VolumeManager:
         async with self._section:
             self._store.attach_volume(volume)
             await asyncio.to_thread(attach_volume, self._store, self._ledger, volume.id)
-            self._ledger.repairable = await asyncio.to_thread(repairable_blobs, self._store, self._ledger.quarantined)
+            repairable = await asyncio.to_thread(repairable_blobs, self._store, self._ledger.quarantined)
+            self._ledger.set_repairable(repairable)
         log.info("volume attached", volume=volume.path)
         return True
 
@@ -183,7 +184,7 @@ class VolumeManager:
         sizes = [ledger.blobs[b] for b in blobs if b in ledger.blobs]
         sizes += [ledger.unverified[b].size_bytes for b in blobs if b in ledger.unverified]
         duplicate_sizes = [copies.get(volume.id, 0) for copies in list(ledger.redundant_copies.values())]
-        partials = {b: p for b, p in list(ledger.partials.items()) if b in blobs}
+        partials = {b: p for b, p in list(ledger.arrivals.partials.items()) if b in blobs}
         shard_bytes = sum(ledger.shard_bytes_of(b, p) for b, p in partials.items())
         try:
             free_bytes = volume.free_bytes()
@@ -196,6 +197,6 @@ class VolumeManager:
             blob_count=len(sizes),
             free_bytes=free_bytes,
             headroom_bytes=self._settings.headroom_bytes,
-            reserved_bytes=sum(ledger.reserved_bytes_of(p) for p in partials.values()) - shard_bytes,
+            reserved_bytes=sum(ledger.arrivals.reserved_bytes_of(p) for p in partials.values()) - shard_bytes,
             duplicate_bytes=sum(duplicate_sizes),
         )

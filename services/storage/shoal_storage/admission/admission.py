@@ -99,9 +99,9 @@ def leaves_to_reserve(model: str, requested: Mapping[str, int], ledger: Ledger) 
     """Return the leaves to reserve by blob. Blobs that are not in the result are reserved whole."""
     result = dict(requested)
     for blob in requested:
-        partial = ledger.partials.get(blob)
+        partial = ledger.arrivals.partials.get(blob)
         arrives_whole = partial is not None and model in partial.models and model not in partial.leaves_by_model
-        if arrives_whole and model not in ledger.ended_reservations:
+        if arrives_whole and model not in ledger.arrivals.ended_reservations:
             del result[blob]  # another download of the model fetches all of it
         elif partial is None and requested[blob] and blob in ledger.repairable:
             del result[blob]  # it comes back from quarantine with its own good leaves, which may be others
@@ -115,7 +115,7 @@ def available_by_volume(spaces: Iterable[VolumeSpace], settings: StorageSettings
 
 def store_space(ledger: Ledger, free_bytes: int) -> VolumeSpace:
     """Return the free space of a store without volumes."""
-    return VolumeSpace("", "the store", free_bytes, ledger.in_flight_by_volume[""])
+    return VolumeSpace("", "the store", free_bytes, ledger.arrivals.in_flight_by_volume[""])
 
 
 def space_demand(manifest: Manifest, ledger: Ledger, leaves: Mapping[str, int] | None = None) -> SpaceDemand:
@@ -127,10 +127,12 @@ def space_demand(manifest: Manifest, ledger: Ledger, leaves: Mapping[str, int] |
         if ledger.blob_size(b) != size and wanted_leaves.get(b) != 0
     }
     needed_by_blob = {
-        b: ledger.needed_bytes(b, size, manifest.model, wanted_leaves.get(b)) for b, size in sizes.items()
+        b: ledger.arrivals.needed_bytes(b, size, manifest.model, wanted_leaves.get(b)) for b, size in sizes.items()
     }
-    quarantined = {b: ledger.repairable[b] for b in sizes if b in ledger.repairable and b not in ledger.partials}
-    fixed_blobs = {*ledger.partials, *ledger.unverified, *quarantined}
+    quarantined = {
+        b: ledger.repairable[b] for b in sizes if b in ledger.repairable and b not in ledger.arrivals.partials
+    }
+    fixed_blobs = {*ledger.arrivals.partials, *ledger.unverified, *quarantined}
     return SpaceDemand(
         blobs={b: max(n - quarantined.get(b, 0), 0) for b, n in needed_by_blob.items()},
         volume_of_fixed={b: ledger.volume_by_blob.get(b, "") for b in sizes if b in fixed_blobs},
@@ -160,7 +162,7 @@ def admit(
     present = [b for b in sizes if ledger.blob_size(b) == sizes[b]]
     missing = [b for b in sizes if ledger.blob_size(b) != sizes[b]]
     for blob in missing:
-        partial = ledger.partials.get(blob)
+        partial = ledger.arrivals.partials.get(blob)
         if partial is not None and partial.size_bytes != sizes[blob]:
             raise BadInput(
                 f"{manifest.model} gives blob {blob[:16]}… {sizes[blob]} bytes, but another download reserved it "
@@ -192,7 +194,7 @@ def _refused(
         "needed_bytes": needed,
         "free_bytes": free_bytes,
         "headroom_bytes": settings.headroom_bytes,
-        "in_flight_bytes": ledger.in_flight_bytes,
+        "in_flight_bytes": ledger.arrivals.in_flight_bytes,
         "quota_bytes": settings.quota_bytes,
         "used_bytes": ledger.used_bytes,
         "reserved_bytes": ledger.reserved_bytes,
@@ -231,7 +233,8 @@ def _refused(
         f"{manifest.repo} needs {format_bytes(needed)}; the disk has "
         f"{format_bytes(max(needed - shortfall.disk_bytes, 0))} available "
         f"({format_bytes(free_bytes)} free, {format_bytes(settings.headroom_bytes)} headroom, "
-        f"{format_bytes(ledger.in_flight_bytes)} reserved): free some space, or remove a model with `shoal rm`",
+        f"{format_bytes(ledger.arrivals.in_flight_bytes)} reserved): free some space, or remove a model with "
+        "`shoal rm`",
         **figures,
     )
 

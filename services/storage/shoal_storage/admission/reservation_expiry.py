@@ -56,7 +56,7 @@ def paused_models(ledger: Ledger, requests: Iterable[DownloadRequestView]) -> se
     """Return the arriving models that are paused and not fetched under another name."""
     requests = list(requests)
     paused = set()
-    for model in ledger.arriving_models:
+    for model in ledger.arrivals.models:
         own_requests = requests_for_model(model, requests)
         if own_requests and all(w.paused for w in own_requests):
             paused.add(model)
@@ -69,14 +69,14 @@ def expiry_actions(
     """Return what to do with every reservation now. Pure."""
     actions = ExpiryActions(renew=[], end=[], remove=[])
     requests = list(requests)
-    for model in sorted(ledger.arriving_models):
+    for model in sorted(ledger.arrivals.models):
         own_requests = requests_for_model(model, requests)
         # A paused model stays wanted without a live fetcher; a model being fetched needs one.
         is_paused = any(w.paused for w in own_requests)
-        unwanted_s = now_s - ledger.last_wanted_s.get(model, 0.0)
+        unwanted_s = now_s - ledger.arrivals.last_wanted_s.get(model, 0.0)
         if ledger.is_shard_settled(model):
             continue  # a settled shard needs no request
-        if model not in ledger.ended_reservations:
+        if model not in ledger.arrivals.ended_reservations:
             if own_requests and (is_paused or fetcher_down_s < FETCHER_DOWN_AFTER_S):
                 if (is_paused or fetcher_down_s == 0) and unwanted_s >= RENEW_INTERVAL_S:
                     actions.renew.append(model)

@@ -165,7 +165,7 @@ class DiskFullHandler:
 
     def _steps(self) -> list[tuple[BallastFile, Step]]:
         """Decide what to do with each ballast file. Blocking."""
-        headroom, in_flight = self._evictions.settings.headroom_bytes, self._ledger.in_flight_by_volume
+        headroom, in_flight = self._evictions.settings.headroom_bytes, self._ledger.arrivals.in_flight_by_volume
         ballasts = [("", self._store.ballast)] + [(r.id, r.ballast) for r in list(self._store.volumes.values())]
         return [
             (

@@ -62,9 +62,9 @@ class EvictionExecutor:
         """Return the free space of each file system, its ballast included, the store's first. Refreshes the partial
         blobs' allocated bytes before.
         """
-        for blob, partial in self._ledger.partials.items():
-            await asyncio.to_thread(refresh_partial, self._store, blob, partial)
-        return await asyncio.to_thread(free_space_by_volume, self._store, self._ledger.in_flight_by_volume)
+        for blob in list(self._ledger.arrivals.partials):
+            await asyncio.to_thread(refresh_partial, self._store, blob, self._ledger)
+        return await asyncio.to_thread(free_space_by_volume, self._store, self._ledger.arrivals.in_flight_by_volume)
 
     async def plan_for_new_bytes(self, new_bytes: int) -> EvictionPlan:
         """Return what would be evicted for so many new bytes, as one blob. Changes nothing."""
@@ -79,7 +79,7 @@ class EvictionExecutor:
         """
         ledger = self._ledger
         protected = protected_models(ledger, await self._usage.current_users(), admitted_model)
-        eviction = plan_eviction(need_bytes, ledger, ledger.last_uses, protected, enough)
+        eviction = plan_eviction(need_bytes, ledger, ledger.uses.last_uses, protected, enough)
         if admitted_model not in ledger.local_manifests:
             protected.pop(admitted_model, None)  # nothing to protect yet: a dry run before the request says the same
         return structs.replace(eviction, protected=protected)
@@ -196,13 +196,10 @@ class EvictionExecutor:
                 log.info("redundant blob copy deleted", blob=sha256, freed_bytes=size_bytes)
                 freed += size_bytes
             if sha256 in spare:
-                del ledger.redundant_copies[sha256]
+                ledger.drop_copies(sha256)
             if sha256 not in needed:
                 await asyncio.to_thread(delete_blob, self._store, sha256)
                 freed += ledger.drop_blob(sha256)
-        ledger.sha256_by_git_name = {
-            git: sha for git, sha in ledger.sha256_by_git_name.items() if sha in ledger.blobs
-        }
         return freed
 
 

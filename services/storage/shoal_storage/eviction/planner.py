@@ -46,8 +46,8 @@ def plan_eviction(
     freed = _garbage_bytes(garbage, ledger, needed)
     garbage_bytes = freed.total()
     local = ledger.local_manifests
-    abandoned = [m for m in ledger.ended_reservations if m not in local and m not in protected]
-    abandoned.sort(key=lambda m: (ledger.last_wanted_s.get(m, 0.0), m))
+    abandoned = [m for m in ledger.arrivals.ended_reservations if m not in local and m not in protected]
+    abandoned.sort(key=lambda m: (ledger.arrivals.last_wanted_s.get(m, 0.0), m))
     order = sorted((m for m in local if m not in protected), key=lambda m: (last_uses.get(m, 0.0), m))
     evictable_bytes = garbage_bytes + start.only_in({*abandoned, *order})
 
@@ -82,7 +82,9 @@ def plan_eviction(
             spared.add(model)
 
     unfinished = [
-        Victim(model=m, freed_bytes=sum(start.remove(m).values()), last_use_s=ledger.last_wanted_s.get(m, 0.0))
+        Victim(
+            model=m, freed_bytes=sum(start.remove(m).values()), last_use_s=ledger.arrivals.last_wanted_s.get(m, 0.0)
+        )
         for m in prefix
         if m not in local and m not in spared
     ]
@@ -112,10 +114,10 @@ class _References:
     def __init__(self, ledger: Ledger, needs: Mapping[str, set[str]]) -> None:
         self._sizes, self._volume_by_blob, self._needs = ledger.blobs, ledger.volume_by_blob, needs
         self._partials: dict[str, list[str]] = {}
-        leaving = ledger.ended_reservations | ledger.shards.keys()
+        leaving = ledger.arrivals.ended_reservations | ledger.shards.keys()
         self._occupied = {
-            b: min(p.allocated_bytes, ledger.reserved_bytes_of(p))
-            for b, p in ledger.partials.items()
+            b: min(p.allocated_bytes, ledger.arrivals.reserved_bytes_of(p))
+            for b, p in ledger.arrivals.partials.items()
             if p.models and p.models <= leaving
         }
         self._blobs, self._arriving = Counter[str](), Counter[str]()
@@ -123,7 +125,7 @@ class _References:
         for blobs in needs.values():
             self._blobs.update(blobs)
         for blob in self._occupied:
-            for model in ledger.partials[blob].models:
+            for model in ledger.arrivals.partials[blob].models:
                 self._partials.setdefault(model, []).append(blob)
                 self._arriving[blob] += 1
 
@@ -183,11 +185,11 @@ class _References:
 def _needs(ledger: Ledger) -> dict[str, set[str]]:
     """Return the blobs that each model needs: complete, incomplete, leased or arriving."""
     needs = {model: {f.blob for f in m.files} for model, m in ledger.stored_manifests.items()}
-    for model, blobs in ledger.reservations.items():
+    for model, blobs in ledger.arrivals.reservations.items():
         needs.setdefault(model, set()).update(blobs)
-    for lease in ledger.leases.values():
+    for lease in ledger.uses.leases.values():
         needs.setdefault(lease.model, set()).update(lease.blobs)
-    for blob, partial in ledger.partials.items():
+    for blob, partial in ledger.arrivals.partials.items():
         for model in partial.models:
             needs.setdefault(model, set()).add(blob)
     return needs
@@ -202,9 +204,9 @@ def _garbage(ledger: Ledger, needed: Set[str]) -> list[str]:
     return sorted(ledger.blobs.keys() - needed | removable_copies(ledger).keys())
 
 
-def removable_copies(ledger: Ledger) -> dict[str, dict[str, int]]:
+def removable_copies(ledger: Ledger) -> dict[str, Mapping[str, int]]:
     """Return the redundant copies of blobs: bytes by volume. Copies that a lease's view may link to are excluded."""
-    leased = {b for lease in ledger.leases.values() for b in lease.blobs}
+    leased = {b for lease in ledger.uses.leases.values() for b in lease.blobs}
     return {b: copies for b, copies in ledger.redundant_copies.items() if b not in leased}
 
 
@@ -227,17 +229,17 @@ def protected_models(
 ) -> dict[str, str]:
     """Return the models that may not go, and why. A model that is being admitted counts as being fetched again."""
     arriving, local = (
-        set(ledger.reservations) | {m for p in ledger.partials.values() for m in p.models},
+        set(ledger.arrivals.reservations) | {m for p in ledger.arrivals.partials.values() for m in p.models},
         ledger.local_manifests,
     )
     settled_shards = {m for m in ledger.shards if ledger.is_shard_settled(m)}
     protected = dict.fromkeys(
-        sorted(arriving - ((ledger.ended_reservations | settled_shards) - {admitted_model})), "being fetched"
+        sorted(arriving - ((ledger.arrivals.ended_reservations | settled_shards) - {admitted_model})), "being fetched"
     )
     protected |= {
         model: f"used by {join_names(users)}" for model, users in sorted(users_by_model.items()) if model in local
     }
-    protected |= dict.fromkeys(sorted(ledger.pinned & local.keys()), "pinned")
+    protected |= dict.fromkeys(sorted(ledger.uses.pinned & local.keys()), "pinned")
     return protected
 
 

@@ -37,7 +37,7 @@ def stat_blob(layout: VolumePaths, path: Path) -> BlobFileStat | None:
         status = path.lstat()
     except OSError:
         return None
-    volume_id = layout.volume_by_blob.get(path.name, "")
+    volume_id = layout.volume_of(path.name)
     return blob_file_stat(path.name, status, volume_id) if stat.S_ISREG(status.st_mode) else None
 
 

@@ -51,29 +51,30 @@ class MetadataFiles:
     def read(self) -> None:
         """Read the files of the models that are here. At start, after the ledger."""
         paths, ledger = self._layout, self._ledger
-        ledger.pinned = set(self._entries(paths.pins))
-        ledger.last_uses.clear()
+        for model in self._entries(paths.pins):
+            ledger.uses.pin(model)
         for model in ledger.local_manifests:
             self.record_arrival(model)
         for model, path in self._entries(paths.uses).items():
             with suppress(FileNotFoundError):
-                ledger.last_uses[model] = path.stat().st_mtime
+                ledger.uses.record_use(model, path.stat().st_mtime)
         for model, path in iter_model_files(paths.reservations):
             if model in ledger.manifests:
                 _remove(path)  # sealed: its manifest names all its blobs
                 continue
             try:
-                ledger.reservations[model] = set(decode(path.read_bytes(), ReservationFile).blobs)
-                ledger.last_wanted_s[model] = path.stat().st_mtime
+                ledger.arrivals.reserve(model, decode(path.read_bytes(), ReservationFile).blobs)
+                ledger.arrivals.record_wanted(model, path.stat().st_mtime)
             except (BadMessage, OSError) as e:
                 log.warning("not a reservation file; left alone", path=path, reason=str(e))
         for model, part in ledger.shards.items():
-            ledger.reservations.setdefault(model, set()).update(part.manifest.blob_sizes)
-        for blob, partial in ledger.partials.items():
+            ledger.arrivals.extend_reservation(model, part.manifest.blob_sizes)
+        for blob, partial in ledger.arrivals.partials.items():
             with suppress(FileNotFoundError):
                 reserved_s = (paths.partial(blob) / "meta.json").stat().st_mtime
-                for model in partial.models - ledger.reservations.keys():
-                    ledger.last_wanted_s[model] = max(reserved_s, ledger.last_wanted_s.get(model, 0.0))
+                for model in partial.models - ledger.arrivals.reservations.keys():
+                    wanted_s = ledger.arrivals.last_wanted_s.get(model, 0.0)
+                    ledger.arrivals.record_wanted(model, max(reserved_s, wanted_s))
 
     def _entries(self, directory: Path) -> dict[str, Path]:
         """Return the files of a directory by their models. Deletes those of models that are gone."""
@@ -93,7 +94,7 @@ class MetadataFiles:
             paths = self._layout
             for path in (paths.use(repo, commit), paths.manifest(repo, commit), paths.shard(repo, commit)):
                 with suppress(FileNotFoundError):
-                    self._ledger.last_uses[model] = path.stat().st_mtime
+                    self._ledger.uses.record_use(model, path.stat().st_mtime)
                     return
 
     def record_use(self, models: Iterable[str], now_s: float) -> None:
@@ -101,7 +102,7 @@ class MetadataFiles:
         local = self._ledger.local_manifests
         for model in models:
             if model in local:
-                self._ledger.last_uses[model] = now_s
+                self._ledger.uses.record_use(model, now_s)
                 self._unwritten.add(model)
 
     def write_uses(self) -> None:
@@ -109,7 +110,7 @@ class MetadataFiles:
         # Removed from the set first, one by one: a use recorded while its file is written is written again.
         for model in sorted(self._unwritten):
             self._unwritten.discard(model)
-            last_use_s = self._ledger.last_uses.get(model)
+            last_use_s = self._ledger.uses.last_uses.get(model)
             if last_use_s is None:  # deleted meanwhile
                 continue
             repo, _, commit = model.rpartition("@")
@@ -125,25 +126,23 @@ class MetadataFiles:
         path = self._layout.reservation(repo, commit)
         try:
             make_directory(path.parent)
-            replace_file(path, encode(ReservationFile(blobs=sorted(self._ledger.reservations[model]))))
+            replace_file(path, encode(ReservationFile(blobs=sorted(self._ledger.arrivals.reservations[model]))))
         except OSError as e:
             # A full disk. After a restart, what this fetch has brought would be fetched again.
             log.warning("cannot write reservation; kept in memory", model=model, reason=e.strerror)
 
     def record_wanted(self, model: str, now_s: float) -> None:
         """Record that an arriving model is wanted now. Survives a restart if the disk allows the write."""
-        self._ledger.last_wanted_s[model] = now_s
+        self._ledger.arrivals.record_wanted(model, now_s)
         repo, _, commit = model.rpartition("@")
-        partials = (self._layout.partial(b) for b, p in self._ledger.partials.items() if model in p.models)
+        partials = (self._layout.partial(b) for b, p in self._ledger.arrivals.partials.items() if model in p.models)
         for path in (self._layout.reservation(repo, commit), *(p / "meta.json" for p in partials)):
             with suppress(OSError):
                 os.utime(path, (now_s, now_s))
 
     def end_reservation(self, model: str) -> None:
         """End a model's reservation: its fetch is over."""
-        self._ledger.reservations.pop(model, None)
-        self._ledger.last_wanted_s.pop(model, None)
-        self._ledger.ended_reservations.discard(model)
+        self._ledger.arrivals.end_reservation(model)
         repo, _, commit = model.rpartition("@")
         _remove(self._layout.reservation(repo, commit))
 
@@ -156,18 +155,18 @@ class MetadataFiles:
             raise InternalError(
                 f"cannot write the pin of {model} ({e.strerror}); free some space and try again"
             ) from None
-        self._ledger.pinned.add(model)
+        self._ledger.uses.pin(model)
 
     def unpin(self, model: str) -> None:
         """Unpin a model. Not pinned already is fine."""
         repo, _, commit = model.rpartition("@")
         _remove(self._layout.pin(repo, commit))
-        self._ledger.pinned.discard(model)
+        self._ledger.uses.unpin(model)
 
     def delete_records(self, model: str) -> None:
         """Delete the records of a deleted model."""
         self._unwritten.discard(model)
-        self._ledger.last_uses.pop(model, None)
+        self._ledger.uses.forget_use(model)
         self.unpin(model)
         repo, _, commit = model.rpartition("@")
         self._layout.use(repo, commit).unlink(missing_ok=True)

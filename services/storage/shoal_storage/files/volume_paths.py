@@ -6,22 +6,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from shoal_common.store.store_paths import StorePaths
+from shoal_storage.ledger.blob_volumes import BlobVolumes
 
 
 class VolumePaths(StorePaths):
-    """`StorePaths` with volumes. One map has the id of the volume that each blob, by name, is on.
-
-    The ledger shares this map. Blobs that it does not name are in the store, or are to go there.
-    """
+    """`StorePaths` with volumes. `blob_volumes`, which the ledger shares, has the volume that each blob is on."""
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)
-        self.volume_by_blob: dict[str, str] = {}
+        self.blob_volumes = BlobVolumes()
         self._volumes: dict[str, StorePaths] = {}
 
     def blob(self, sha256: str) -> Path:
         """A blob's file."""
-        return self.blob_on(self.volume_by_blob.get(sha256, ""), sha256)
+        return self.blob_on(self.volume_of(sha256), sha256)
 
     def blob_on(self, volume_id: str, sha256: str) -> Path:
         """A blob's file on one volume; "": in the store."""
@@ -29,15 +27,15 @@ class VolumePaths(StorePaths):
 
     def quarantined(self, sha256: str) -> Path:
         """A corrupt blob's file in quarantine."""
-        return StorePaths.quarantined(self._volume_of(sha256), sha256)
+        return StorePaths.quarantined(self._paths_of(sha256), sha256)
 
     def quarantined_have(self, sha256: str) -> Path:
         """The bitmap of the good leaves of a blob in quarantine."""
-        return StorePaths.quarantined_have(self._volume_of(sha256), sha256)
+        return StorePaths.quarantined_have(self._paths_of(sha256), sha256)
 
     def partial(self, blob: str) -> Path:
         """The real directory of a partial blob, not a link to it."""
-        return StorePaths.partial(self._volume_of(blob), blob)
+        return StorePaths.partial(self._paths_of(blob), blob)
 
     def tombstone(self, repo: str, commit: str) -> Path:
         """The tombstone of a model: the manifest of a model being deleted."""
@@ -48,10 +46,14 @@ class VolumePaths(StorePaths):
         """The path in the store at which other services find that directory."""
         return super().partial(blob)
 
-    def _volume_of(self, blob: str) -> StorePaths:
-        return self.volume(self.volume_by_blob.get(blob, ""))
+    def _paths_of(self, blob: str) -> StorePaths:
+        return self.volume(self.volume_of(blob))
 
     # Volumes
+
+    def volume_of(self, blob: str) -> str:
+        """The id of the volume that a blob is on, or is to go to; "": the store."""
+        return self.blob_volumes.by_blob.get(blob, "")
 
     def volume(self, volume_id: str) -> StorePaths:
         """The paths of a volume; "": of the store. Raises FileNotFoundError if the volume is missing."""
@@ -78,12 +80,4 @@ class VolumePaths(StorePaths):
     def remove_volume(self, volume_id: str) -> None:
         """Remove a volume, and every blob on it from the map."""
         self._volumes.pop(volume_id, None)
-        for blob in [b for b, other_id in self.volume_by_blob.items() if other_id == volume_id]:
-            del self.volume_by_blob[blob]
-
-    def set_volume(self, blob: str, volume_id: str) -> None:
-        """Record that a blob is, or is to go, on a volume; "": the store."""
-        if volume_id:
-            self.volume_by_blob[blob] = volume_id
-        else:
-            self.volume_by_blob.pop(blob, None)
+        self.blob_volumes.forget_volume(volume_id)

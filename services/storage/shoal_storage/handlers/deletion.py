@@ -62,9 +62,7 @@ class DeletionService:
         await self._shards.drop(model)
         repo, _, commit = model.rpartition("@")
         await asyncio.to_thread(begin_delete, self._store, repo, commit)
-        if manifest := ledger.manifests.pop(model, None) or ledger.incomplete.pop(model, None):
-            ledger.deleting[model] = manifest
-        manifest = ledger.deleting.get(model)
+        manifest = ledger.begin_deletion(model)
         # Also blobs that are not here: their leaf hashes may be, and an earlier attempt may not have been durable.
         deletable = ledger.blobs.keys() | (
             manifest.blob_sizes.keys() - ledger.unverified.keys() if manifest else set()
@@ -79,10 +77,7 @@ class DeletionService:
             )
             if model in ledger.deleting:
                 await self._publisher.unpublish_model(model)
-        ledger.deleting.pop(model, None)
-        self._ledger.sha256_by_git_name = {
-            git: sha256 for git, sha256 in self._ledger.sha256_by_git_name.items() if sha256 in self._ledger.blobs
-        }
+        ledger.end_deletion(model)
         freed += await self.end_reservation(model)
         await drop_obsolete_quarantine(self._store, self._ledger)
         if offered := self._ledger.offered_library_models.get(model):
@@ -100,7 +95,7 @@ class DeletionService:
         """End a model's reservation and delete partial blobs that only it wanted. Returns the bytes they occupied."""
         await asyncio.to_thread(self._metadata.end_reservation, model)
         freed = 0
-        for blob, partial in list(self._ledger.partials.items()):
+        for blob, partial in list(self._ledger.arrivals.partials.items()):
             if model not in partial.models:
                 continue
             remaining = partial.without_model(model)
@@ -121,12 +116,12 @@ class DeletionService:
                     log.warning(
                         "cannot write which models need a partial blob; lost on restart", blob=blob, reason=e.strerror
                     )
-                partial.models, partial.leaves_by_model = remaining.models, remaining.leaves_by_model
-                await asyncio.to_thread(refresh_partial, self._store, blob, partial)
+                self._ledger.arrivals.release_blob(blob, model)
+                await asyncio.to_thread(refresh_partial, self._store, blob, self._ledger)
             else:
                 freed += await asyncio.to_thread(allocated_bytes, self._store, blob, partial.size_bytes)
                 await asyncio.to_thread(delete_partial, self._store, blob)
-                del self._ledger.partials[blob]
+                self._ledger.arrivals.release_blob(blob, model)
         return freed
 
     async def delete(self, command: Delete, _: str) -> dict[str, object]:
@@ -203,7 +198,7 @@ class DeletionService:
         if self._removable(repo, revision):
             return  # the store's copy can be deleted
         for manifest in matching_manifests(repo, revision, self._ledger.complete_manifests.values()):
-            library_model = self._ledger.library_models[manifest.model]
+            library_model = self._ledger.libraries.models[manifest.model]
             raise Refused(
                 f"{manifest.model} is not in the store of node {self._context.node} but in a library, at "
                 f"{library_model.directory}, where Shoal deletes nothing: remove it there, or remove the library "
@@ -216,7 +211,7 @@ class DeletionService:
         if not manifests:
             return
         for manifest in manifests:
-            if manifest.model in self._ledger.pinned:
+            if manifest.model in self._ledger.uses.pinned:
                 raise InUse(
                     f"{manifest.model} is pinned on node {self._context.node}: "
                     f"`shoal storage unpin {manifest.model}` releases it"

@@ -98,28 +98,18 @@ class FetchApi:
         check_manifest(request.manifest)
         async with self._section:
             manifest, sha256_by_git_name = await self._with_known_hashes(request.manifest)
-            sizes, reservations = manifest.blob_sizes, self._ledger.reservations
+            model, sizes = manifest.model, manifest.blob_sizes
             requested = requested_leaves(manifest, request.leaf_ranges, self._ledger)
-            wanted_leaves = leaves_to_reserve(manifest.model, requested, self._ledger)
-            before = reservations.get(manifest.model)
+            wanted_leaves = leaves_to_reserve(model, requested, self._ledger)
             # Reserved first, so that the model's own blobs are not evicted to make space for it.
-            reservations[manifest.model] = set(sizes)
-            try:
+            with self._ledger.arrivals.reserving(model, sizes) as is_new:
                 admission, evicted = await self.evictions.admit(manifest, wanted_leaves)
-                if reservations[manifest.model] != before:
-                    await asyncio.to_thread(self.metadata.write_reservation, manifest.model)
+                if is_new:
+                    await asyncio.to_thread(self.metadata.write_reservation, model)
                 for blob in admission.missing:
-                    await self._reserve_blob(
-                        blob, sizes[blob], manifest.model, wanted_leaves.get(blob), admission.volume_by_blob[blob]
-                    )
-                self._ledger.ended_reservations.discard(manifest.model)
-                await asyncio.to_thread(self.metadata.record_wanted, manifest.model, time.time())
-            except BaseException:
-                if before is None:
-                    del reservations[manifest.model]
-                else:
-                    reservations[manifest.model] = before
-                raise
+                    volume_id = admission.volume_by_blob[blob]
+                    await self._reserve_blob(blob, sizes[blob], model, wanted_leaves.get(blob), volume_id)
+                await asyncio.to_thread(self.metadata.record_wanted, model, time.time())
         await self._publisher.publish_storage()
         log.info(
             "space reserved",
@@ -138,24 +128,22 @@ class FetchApi:
     async def _reserve_blob(
         self, blob: str, size_bytes: int, model: str, wanted_leaves: int | None, volume_id: str
     ) -> None:
-        existing = self._ledger.partials.get(blob)
+        arrivals, was_quarantined = self._ledger.arrivals, False
+        existing = arrivals.partials.get(blob)
         if existing is None:
             await asyncio.to_thread(set_volume, self._store, blob, volume_id)
-        partial = existing or PartialBlobInfo(size_bytes)
-        changed = partial.with_model(model, wanted_leaves)
-        models = changed.models
+        before = existing or PartialBlobInfo(size_bytes)
+        partial = before.with_model(model, wanted_leaves)
+        on_disk = self._store, blob, size_bytes, partial.models, partial.leaves_by_model
         # Files deleted by hand meanwhile are made again: the disk is authoritative.
         if existing is None or not await asyncio.to_thread(has_partial, self._store, blob):
-            if await asyncio.to_thread(
-                create_partial, self._store, blob, size_bytes, models, changed.leaves_by_model
-            ):
-                self._ledger.quarantined.discard(blob)
-                self._ledger.repairable.pop(blob, None)
-        elif (models, changed.leaves_by_model) != (partial.models, partial.leaves_by_model):
-            await asyncio.to_thread(write_partial, self._store, blob, size_bytes, models, changed.leaves_by_model)
-        partial.models, partial.leaves_by_model = models, changed.leaves_by_model
-        await asyncio.to_thread(refresh_partial, self._store, blob, partial)
-        self._ledger.partials[blob] = partial
+            was_quarantined = await asyncio.to_thread(create_partial, *on_disk)
+        elif partial != before:
+            await asyncio.to_thread(write_partial, *on_disk)
+        arrivals.reserve_blob(blob, size_bytes, model, wanted_leaves)
+        if was_quarantined:
+            self._ledger.drop_quarantined(blob)
+        await asyncio.to_thread(refresh_partial, self._store, blob, self._ledger)
 
     async def _with_known_hashes(self, manifest: Manifest) -> tuple[Manifest, dict[str, str]]:
         """Fill in the sha256 of small files that are here. Returns the manifest and these hashes by git name."""
@@ -164,7 +152,7 @@ class FetchApi:
             if not f.sha256:
                 sha256 = self._ledger.sha256_by_git_name.get(f.blob)
                 if sha256 not in self._ledger.blobs:
-                    sha256 = self._ledger.library_sha256_by_git_name.get(f.blob)
+                    sha256 = self._ledger.libraries.sha256_by_git_name.get(f.blob)
                 if sha256 is None:
                     sha256 = await asyncio.to_thread(
                         find_by_git_sha1, self._store, f.git_sha1, f.size_bytes, self._ledger
@@ -185,7 +173,7 @@ class FetchApi:
             elif model in self._ledger.shards:
                 await self.shards.finish_shard(model)
             else:
-                self._ledger.reservations.setdefault(model, set()).update(manifest.blob_sizes)
+                self._ledger.arrivals.extend_reservation(model, manifest.blob_sizes)
                 await self.deletions.delete_model(model)
         await self._publisher.publish_storage()
         return Empty()
@@ -201,7 +189,7 @@ class FetchApi:
         return await asyncio.shield(task)
 
     async def _commit(self, blob: str, leaf_list_digest: str) -> CommittedBlob:
-        partial = self._ledger.partials.get(blob)
+        partial = self._ledger.arrivals.partials.get(blob)
         if partial is None:
             sha256 = self._ledger.sha256_by_git_name.get(blob, blob)
             if sha256 in self._ledger.blobs:
@@ -211,7 +199,7 @@ class FetchApi:
                 )
                 return CommittedBlob(sha256=sha256, size_bytes=size_bytes, leaf_list_digest=digest)
             raise NotFound(f"blob {blob[:16]}… has no reservation; reserve it first")
-        if not self._ledger.is_reserved(partial):
+        if not self._ledger.arrivals.is_reserved(partial):
             raise NotFound(
                 f"the reservation of blob {blob[:16]}… has ended because nobody wanted it; reserve it again"
             )
@@ -229,23 +217,14 @@ class FetchApi:
         except Corrupt:
             async with self._section:
                 self._require_unchanged(blob, partial)
-                await self.shards.discard_corrupt_partial(blob, partial)
+                await self.shards.discard_corrupt_partial(blob)
             raise
         async with self._section:
             self._require_unchanged(blob, partial)
-            for model, reserved_blobs in self._ledger.reservations.items():
-                if blob in reserved_blobs and digests.sha256 not in reserved_blobs:
-                    reserved_blobs.add(digests.sha256)
-                    await asyncio.to_thread(self.metadata.write_reservation, model)
+            for model in self._ledger.arrivals.count_on(digests.sha256, blob):
+                await asyncio.to_thread(self.metadata.write_reservation, model)
             await asyncio.to_thread(commit_blob, self._store, blob, digests)
-            del self._ledger.partials[blob]
-            self._ledger.blobs[digests.sha256] = digests.size_bytes
-            self._ledger.unverified.pop(digests.sha256, None)
-            self._ledger.corrupt.pop(digests.sha256, None)
-            self._ledger.quarantined.discard(digests.sha256)
-            self._ledger.repairable.pop(digests.sha256, None)
-            if blob != digests.sha256:
-                self._ledger.sha256_by_git_name[blob] = digests.sha256
+            self._ledger.commit_blob(blob, digests.sha256, digests.size_bytes)
         await self._publisher.publish_storage()
         return CommittedBlob(
             sha256=digests.sha256,
@@ -255,7 +234,7 @@ class FetchApi:
 
     def _require_unchanged(self, blob: str, verified: PartialBlobInfo) -> None:
         # Cancelled and reserved again while we hashed: its bytes are not those that were verified.
-        if self._ledger.partials.get(blob) is not verified:
+        if not self._ledger.arrivals.is_same_arrival(blob, verified):
             raise NotFound(f"the reservation of blob {blob[:16]}… was cancelled; reserve it again")
 
     async def seal(self, request: SealModel) -> ModelState:
@@ -276,9 +255,7 @@ class FetchApi:
             # A commit never changes: the sealed manifest stays, and only gains names and leaf list digests.
             manifest = structs.replace(stored or manifest, revisions=names)
             await asyncio.to_thread(self._store.require_present)
-            for sha256 in await asyncio.to_thread(self._store.missing_blobs, manifest):
-                self._ledger.blobs.pop(sha256, None)  # deleted by hand meanwhile
-                self._ledger.library_blobs.pop(sha256, None)
+            await self._lose_blobs(await asyncio.to_thread(self._store.missing_blobs, manifest))
             require_all_blobs(manifest, self._ledger)
             manifest = await asyncio.to_thread(leaf_hash_file.with_leaf_list_digests, self._store.layout, manifest)
             if manifest == stored:
@@ -286,9 +263,7 @@ class FetchApi:
             else:
                 await asyncio.to_thread(seal_model, self._store, manifest)
             await self.shards.drop(manifest.model)
-            self._ledger.manifests[manifest.model] = manifest
-            self._ledger.incomplete.pop(manifest.model, None)
-            self._ledger.deleting.pop(manifest.model, None)  # it is here again: a start deletes the tombstone
+            self._ledger.seal(manifest)
             await asyncio.to_thread(self.metadata.record_arrival, manifest.model)
             await self.deletions.end_reservation(manifest.model)
             state = await self._publisher.publish_model(manifest)
@@ -297,6 +272,12 @@ class FetchApi:
             await self._context.events.emit("model_ready", model=manifest.model, size_bytes=manifest.size_bytes)
         log.info("model ready", model=manifest.model, size_bytes=manifest.size_bytes)
         return state
+
+    async def _lose_blobs(self, blobs: list[str]) -> None:
+        """Drop blobs that were deleted by hand meanwhile, and unpublish the models that need them."""
+        for model in self._ledger.lose_blobs(blobs, also_in_libraries=True):
+            log.warning("model is incomplete, blobs were deleted; pull it again", model=model)
+            await self._publisher.unpublish_model(model)
 
     async def manifest(self, request: GetManifest) -> Manifest:
         """Return the manifest of a complete model; with `include_incomplete` also of an incomplete one."""

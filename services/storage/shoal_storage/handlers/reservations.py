@@ -73,14 +73,14 @@ class ReservationExpiry:
                     await self._shards.finish_shard(model)
                     log.info("shard reservation ended; shard kept", model=model)
                     continue
-                self._ledger.ended_reservations.add(model)
+                self._ledger.arrivals.abandon_reservation(model)
                 log.info("reservation ended: no download request for it", model=model)
             for model in actions.remove:
                 freed = await self._deletions.delete_abandoned(model)
                 log.info("abandoned download deleted", model=model, freed_bytes=freed)
             paused = paused_models(self._ledger, requests)
-            has_changed = bool(actions.end or actions.remove) or paused != self._ledger.paused_models
-            self._ledger.paused_models = paused
+            has_changed = bool(actions.end or actions.remove) or paused != self._ledger.arrivals.paused_models
+            self._ledger.arrivals.set_paused(paused)
         if has_changed:
             await self._publisher.publish_storage()
 

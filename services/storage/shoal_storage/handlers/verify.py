@@ -21,9 +21,8 @@ from shoal_common.names import ModelRef
 from shoal_common.service import ServiceContext
 from shoal_storage.integrity import blob_check, quarantine, repair
 from shoal_storage.integrity.consequences import IntegrityPublisher, next_to_scrub
-from shoal_storage.ledger.completeness import manifests_with_blob, mark_incomplete
 from shoal_storage.ledger.ledger import Ledger
-from shoal_storage.ledger.references import matching_manifests
+from shoal_storage.ledger.references import manifests_with_blob, matching_manifests
 from shoal_storage.publisher import StatePublisher
 from shoal_storage.scan.unverified import UnverifiedBlobHasher
 from shoal_storage.store.store import Store
@@ -123,7 +122,7 @@ class Verifier:
         return matching_manifests(ref.repo, ref.revision if "@" in model else "", manifests.values())
 
     def _all_blobs(self) -> set[str]:
-        return {*self._ledger.blobs, *self._ledger.library_blobs}
+        return {*self._ledger.blobs, *self._ledger.libraries.blobs}
 
     async def scrub_forever(self) -> None:
         """Scrub forever: the blob verified longest ago comes first, at a rate that leaves the disk to others."""
@@ -196,7 +195,7 @@ class Verifier:
             )
             return
         if kept_bytes:
-            self._ledger.repairable[checked.sha256] = kept_bytes
+            self._ledger.set_repairable({**self._ledger.repairable, checked.sha256: kept_bytes})
 
     async def _handle_bad_library_blob(
         self, sha256: str, checked: blob_check.VerificationResult | None, report: VerifyReport
@@ -214,12 +213,12 @@ class Verifier:
                 return  # deleted while it was hashed
             if checked is not None:
                 manifests = manifests_with_blob(sha256, self._ledger)
-                leases = list(self._ledger.leases.values())
+                leases = list(self._ledger.uses.leases.values())
                 if not await asyncio.to_thread(quarantine.quarantine_blob, self._store, checked, manifests, leases):
                     return  # deleted and downloaded again while it was hashed: those bytes were verified on arrival
-                self._ledger.quarantined.add(sha256)
-                self._ledger.repairable.pop(sha256, None)
-                if checked.size_bytes == self._ledger.blobs[sha256]:
+                known_bytes = self._ledger.blobs[sha256]
+                models = self._ledger.quarantine(sha256)
+                if checked.size_bytes == known_bytes:
                     await self._keep_good_leaves(checked)
                 report.corrupt.append(sha256)
                 report.bad_leaves += checked.bad_leaf_count
@@ -231,7 +230,7 @@ class Verifier:
                 return  # an unmounted disk loses nothing
             else:
                 report.missing.append(sha256)
-            models = mark_incomplete({sha256}, self._ledger)
+                models = self._ledger.lose_blobs([sha256])
             instances = await self._integrity.unpublish(models)
             report.models += models
             report.instances += instances

@@ -63,5 +63,4 @@ async def drop_obsolete_quarantine(store: Store, ledger: Ledger) -> None:
     """Delete quarantined files that nothing needs or that good bytes have replaced. Within the critical section."""
     for sha256 in obsolete_quarantine(ledger):
         await asyncio.to_thread(delete_quarantined, store, sha256)
-        ledger.quarantined.discard(sha256)
-        ledger.repairable.pop(sha256, None)
+        ledger.drop_quarantined(sha256)

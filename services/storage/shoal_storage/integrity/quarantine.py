@@ -80,6 +80,6 @@ def quarantined_on(store: Store, volume_id: str) -> set[str]:
         if path.stem not in quarantined:
             path.unlink(missing_ok=True)
     for blob in quarantined:
-        if volume_id and not paths.blob(blob).exists() and not paths.partial(blob).exists():
-            paths.volume_by_blob.setdefault(blob, volume_id)
+        if not paths.volume_of(blob) and not paths.blob(blob).exists() and not paths.partial(blob).exists():
+            paths.blob_volumes.place(blob, volume_id)
     return quarantined

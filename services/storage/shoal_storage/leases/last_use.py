@@ -35,4 +35,4 @@ class UsageView:
             ) from None
         await self._refresh_leases()
         specs = (s for _, s in self._specs.items("instance.", InstanceSpec))
-        return users_of(specs, self._ledger.leases.values(), self._context.node)
+        return users_of(specs, self._ledger.uses.leases.values(), self._context.node)

@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from msgspec import structs
+
 from shoal_common.errors import BadName, ShoalError
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages import WireStruct, decode, encode
@@ -55,7 +57,11 @@ def create_lease(store: Store, lease: ModelLease) -> None:
         link_files(paths, lease.files, unfinished / paths.lease_view(lease.id).name, lease.partial_blobs)
         (unfinished / paths.lease_lock(lease.id).name).touch()
         record = LeaseFile(
-            model=lease.model, holder=lease.holder, since_s=lease.since_s, files=lease.files, instance=lease.instance
+            model=lease.model,
+            holder=lease.holder,
+            since_s=lease.since_s,
+            files=dict(lease.files),
+            instance=lease.instance,
         )
         (unfinished / "lease.json").write_bytes(encode(record))
         unfinished.rename(directory)
@@ -148,8 +154,8 @@ def read_leases(store: Store, now_s: float, clock_s: float) -> dict[str, ModelLe
             if not remove_unless_held(store, name):
                 log.warning("held lease is unreadable; its model is not protected", path=directory)
             continue
-        lease.held = held
-        lease.grace_until_s = now_s + grace_left_s(lease.since_s, clock_s)
+        grace_until_s = now_s + grace_left_s(lease.since_s, clock_s)
+        lease = structs.replace(lease, held=held, grace_until_s=grace_until_s)
         if held or lease.grace_until_s > now_s or not remove_unless_held(store, name):
             leases[name] = lease
     return leases

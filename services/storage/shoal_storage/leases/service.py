@@ -42,7 +42,7 @@ class LeaseService:
         self._node, self._store, self._ledger = context.node, store, ledger
         self._section, self._shards, self._publisher = section, shards, publisher
         self._has_leases = asyncio.Event()
-        if ledger.leases:
+        if ledger.uses.leases:
             self._has_leases.set()
 
     # Requests
@@ -53,7 +53,7 @@ class LeaseService:
         instance = check_id(request.instance) if request.instance else ""
         async with self._section:
             await self.refresh()
-            if len(self._ledger.leases) >= MAX_LEASES:
+            if len(self._ledger.uses.leases) >= MAX_LEASES:
                 raise Busy(
                     f"node {self._node} has the maximum of {MAX_LEASES} leases: see who holds them with "
                     "`shoal storage`, end some and try again"
@@ -92,7 +92,7 @@ class LeaseService:
                     f"cannot build a view of {manifest.model} on node {self._node} ({e.strerror}): free some space "
                     "and try again"
                 ) from None
-            self._ledger.leases[lease.id] = lease
+            self._ledger.uses.add_lease(lease)
             self._has_leases.set()
         await self._publisher.publish_storage()
         log.info("lease granted", model=lease.model, lease=lease.id, holder=holder)
@@ -112,13 +112,13 @@ class LeaseService:
         name = check_id(request.id)
         async with self._section:
             if not await asyncio.to_thread(lease_files.remove_unless_held, self._store, name):
-                lease = self._ledger.leases.get(name)
+                lease = self._ledger.uses.leases.get(name)
                 raise InUse(
                     f"lease {name} on node {self._node} is held by "
                     f"{describe_holder(lease) if lease else 'somebody'}: "
                     "close its lock file first"
                 )
-            ended = self._ledger.leases.pop(name, None)
+            ended = self._ledger.uses.end_lease(name)
         if ended is not None:
             await self._publisher.publish_storage()
             log.info("lease returned", model=ended.model, lease=name, holder=ended.holder)
@@ -128,15 +128,12 @@ class LeaseService:
 
     async def refresh(self) -> bool:
         """Refresh which leases are held, remove ended ones; return whether any changed. In the critical section."""
-        leases, changed = self._ledger.leases, False
+        leases, changed = self._ledger.uses.leases, False
         status = await asyncio.to_thread(lease_files.check_locks, self._store.layout, list(leases)) if leases else {}
         for name, (held, pid) in status.items():
-            lease = leases[name]
-            changed = changed or pid != lease.pid
-            lease.pid = pid
-            if not has_ended(lease, held, time.monotonic()):
-                lease.held = lease.held or held
-            elif await self._end(lease):
+            changed = changed or pid != leases[name].pid
+            lease = self._ledger.uses.record_lock(name, held, pid)
+            if has_ended(lease, held, time.monotonic()) and await self._end(lease):
                 changed = True
         if not leases:
             self._has_leases.clear()
@@ -149,7 +146,7 @@ class LeaseService:
         except OSError as e:
             log.warning("ended lease cannot be removed; retrying", lease=lease.id, error=e.strerror)
             return False
-        del self._ledger.leases[lease.id]
+        self._ledger.uses.end_lease(lease.id)
         log.info("lease ended", model=lease.model, lease=lease.id, holder=lease.holder)
         return True
 

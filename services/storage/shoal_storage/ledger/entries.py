@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Set
+from typing import TypeVar
+
 import msgspec
 
 from shoal_common.messages.manifest import Manifest
@@ -11,16 +14,22 @@ _BLOCK_BYTES = 64 << 10
 """The largest block size of common file systems. What a file occupies beyond its bytes is less, and not counted."""
 
 
-class PartialBlobInfo(msgspec.Struct):
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+class PartialBlobInfo(msgspec.Struct, frozen=True):
     """A partial blob: its size, the bytes allocated on disk so far, and the models it is for."""
 
     size_bytes: int
     allocated_bytes: int = 0
-    models: set[str] = msgspec.field(default_factory=set)
-    leaves_by_model: dict[str, int] = msgspec.field(default_factory=dict)
+    models: Set[str] = frozenset()
+    leaves_by_model: Mapping[str, int] = msgspec.field(default_factory=dict)
     """The leaves wanted by each model that does not want the whole blob. The other models want all of it."""
     durable_leaves: int = 0
     """Durable leaves, as of the last reservation. Only used when no model wants the whole blob."""
+    arrival: int = 0
+    """Set by the ledger: a blob that is dropped and reserved again arrives anew, and its bytes may be others."""
 
     @property
     def _is_sparse(self) -> bool:
@@ -102,3 +111,10 @@ class ForeignFiles(msgspec.Struct, frozen=True):
     count: int = 0
     size_bytes: int = 0
     paths: tuple[str, ...] = ()
+
+
+def replace_entries(target: dict[K, V], entries: Mapping[K, V]) -> None:
+    """Make a dict equal to another, without emptying it in between: threads may be reading it."""
+    for key in target.keys() - entries.keys():
+        del target[key]
+    target.update(entries)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import msgspec
 
@@ -14,7 +14,7 @@ LOCK_DEADLINE_S = 30.0
 """Seconds after creation by which the holder has to take the lock."""
 
 
-class ModelLease(msgspec.Struct):
+class ModelLease(msgspec.Struct, frozen=True):
     """A holder's use of a model (`org/name@commit`), with a view of its own."""
 
     id: str
@@ -23,7 +23,7 @@ class ModelLease(msgspec.Struct):
     instance: str
     since_s: float
     """Seconds since 1970."""
-    files: dict[str, str]
+    files: Mapping[str, str]
     """sha256 of each file in its view, by path."""
     grace_until_s: float
     """Monotonic time until which the lease lives though nobody has taken its lock yet."""

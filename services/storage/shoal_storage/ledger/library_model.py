@@ -1,13 +1,15 @@
-"""A model of a library, and what was verified of its files."""
+"""The models of libraries, and what was verified of their files."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Final
 
 import msgspec
 
 from shoal_common.messages import WireStruct
 from shoal_common.messages.manifest import Manifest
+from shoal_storage.ledger.entries import replace_entries
 
 
 class VerifiedFile(WireStruct):
@@ -49,3 +51,34 @@ class LibraryModel(msgspec.Struct, frozen=True):
     """By path in the model."""
     sha256_by_git_name: Mapping[str, str]
     """sha256 by `git-<sha1>`, for files with both hashes known."""
+
+
+class LibraryModels:
+    """The models of all libraries. Present, but not part of the store: no quota, never garbage, never victims."""
+
+    models: Final[Mapping[str, LibraryModel]]
+    """By `org/name@commit`."""
+    blobs: Final[Mapping[str, LibraryFile]]
+    """Their blobs, by sha256, each with one file that has its bytes."""
+    sha256_by_git_name: Final[Mapping[str, str]]
+    """The sha256 of blobs with both hashes known: `git-<sha1>` to sha256."""
+
+    def __init__(self) -> None:
+        self.models = self._models = dict[str, LibraryModel]()
+        self.blobs = self._blobs = dict[str, LibraryFile]()
+        self.sha256_by_git_name = self._sha256_by_git_name = dict[str, str]()
+
+    def set_models(self, models: Mapping[str, LibraryModel]) -> None:
+        """Set the models, replacing all earlier ones."""
+        blobs, sha256_by_git_name = dict[str, LibraryFile](), dict[str, str]()
+        for _, model in sorted(models.items()):
+            for f in model.manifest.files:
+                blobs.setdefault(f.sha256, model.files[f.path])
+            sha256_by_git_name.update(model.sha256_by_git_name)
+        replace_entries(self._models, models)
+        replace_entries(self._blobs, blobs)
+        replace_entries(self._sha256_by_git_name, sha256_by_git_name)
+
+    def lose_blob(self, blob: str) -> None:
+        """Drop a blob whose file is gone, until the next scan of its library."""
+        self._blobs.pop(blob, None)

@@ -15,12 +15,12 @@ def referenced_blobs(ledger: Ledger, ignored: Iterable[str] = ()) -> set[str]:
     """Return the blobs that a manifest, a running fetch or a lease needs. The `ignored` models do not count."""
     ignored_models = set(ignored)
     needed = {b for model, m in ledger.stored_manifests.items() if model not in ignored_models for b in m.blob_sizes}
-    for model, blobs in ledger.reservations.items():
+    for model, blobs in ledger.arrivals.reservations.items():
         if model not in ignored_models:
             needed |= blobs
-    for lease in ledger.leases.values():  # readers, whatever happens to the model's manifest
+    for lease in ledger.uses.leases.values():  # readers, whatever happens to the model's manifest
         needed |= lease.blobs
-    for blob, partial in ledger.partials.items():
+    for blob, partial in ledger.arrivals.partials.items():
         if partial.models - ignored_models:
             needed.add(blob)
     return needed
@@ -30,8 +30,8 @@ def blobs_of_model(model: str, ledger: Ledger) -> set[str]:
     """Return every blob, present or arriving, that is here for a model."""
     manifest = ledger.stored_manifests.get(model) or ledger.deleting.get(model)
     blobs = set(manifest.blob_sizes) if manifest else set()
-    blobs |= ledger.reservations.get(model, set())
-    return blobs | {b for b, p in ledger.partials.items() if model in p.models}
+    blobs |= ledger.arrivals.reservations.get(model, frozenset())
+    return blobs | {b for b, p in ledger.arrivals.partials.items() if model in p.models}
 
 
 def blobs_freed_by(model: str, ledger: Ledger) -> list[str]:
@@ -42,11 +42,16 @@ def blobs_freed_by(model: str, ledger: Ledger) -> list[str]:
 def bytes_of_paused_models(ledger: Ledger) -> dict[str, int]:
     """Return the bytes held for each paused model: its reservations, and present blobs that only it needs."""
     result = {}
-    for model in sorted(ledger.paused_models & ledger.arriving_models):
+    for model in sorted(ledger.arrivals.paused_models & ledger.arrivals.models):
         present_bytes = sum(ledger.blobs.get(blob, 0) for blob in blobs_freed_by(model, ledger))
-        partials = [p.with_only_model(model) for p in ledger.partials.values() if model in p.models]
+        partials = [p.with_only_model(model) for p in ledger.arrivals.partials.values() if model in p.models]
         result[model] = present_bytes + sum(p.reserved_bytes for p in partials)
     return result
+
+
+def manifests_with_blob(sha256: str, ledger: Ledger) -> list[Manifest]:
+    """Return the manifests, of complete and incomplete models, that contain a blob."""
+    return [m for m in ledger.stored_manifests.values() if sha256 in m.blob_sizes]
 
 
 def leftover_blobs(deleted: Manifest, ledger: Ledger) -> list[str]:
@@ -59,7 +64,7 @@ def arriving_models(repo: str, revision: str, ledger: Ledger) -> list[str]:
 
     The branch they were requested under is not known here: a revision matches by commit only.
     """
-    wanted = {m for m in ledger.arriving_models if m.rpartition("@")[0] == repo and m not in ledger.manifests}
+    wanted = {m for m in ledger.arrivals.models if m.rpartition("@")[0] == repo and m not in ledger.manifests}
     return sorted(m for m in wanted if revision in ("", m.rpartition("@")[2]))
 
 

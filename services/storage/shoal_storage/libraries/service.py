@@ -18,7 +18,6 @@ from shoal_common.messages.storage import LibraryState
 from shoal_common.service import ServiceContext
 from shoal_storage.files.real_path import resolve_path
 from shoal_storage.integrity.blob_check import VerificationResult
-from shoal_storage.ledger.completeness import recompute_completeness
 from shoal_storage.ledger.ledger import Ledger
 from shoal_storage.ledger.library_model import LibraryFile, LibraryModel, VerifiedFile
 from shoal_storage.libraries.recognize import (
@@ -126,7 +125,7 @@ class LibraryService:
     async def handle_bad_blob(self, sha256: str, checked: VerificationResult | None) -> list[str]:
         """Handle a library blob that is corrupt, or gone (None); return the models that this makes incomplete."""
         before = set(self._ledger.complete_manifests)
-        file = self._ledger.library_blobs.get(sha256)
+        file = self._ledger.libraries.blobs.get(sha256)
         known = self._verified.get(file.absolute_path) if file else None
         if file and known and checked and checked.mtime_ns == file.stat.mtime_ns and known.stat == file.stat:
             self._verified[file.absolute_path] = structs.replace(known, corrupt=True)
@@ -274,17 +273,19 @@ class LibraryService:
         """Unpublish and offer library models, then update the store's models. Within the critical section."""
         ledger = self._ledger
         unchanged = {
-            m: library_model for m, library_model in ledger.library_models.items() if accepted.get(m) == library_model
+            m: library_model
+            for m, library_model in ledger.libraries.models.items()
+            if accepted.get(m) == library_model
         }
         withdrawn = [
-            m for m in {**ledger.library_models, **dict.fromkeys(self._offered_earlier)} if m not in accepted
+            m for m in {**ledger.libraries.models, **dict.fromkeys(self._offered_earlier)} if m not in accepted
         ]
         self._offered_earlier.clear()
-        ledger.set_library_models(unchanged)
+        ledger.libraries.set_models(unchanged)
         for model in withdrawn:
             await self._unpublish(model)
         await self._offer({m: a for m, a in accepted.items() if m not in unchanged})
-        incomplete, completed = recompute_completeness(ledger)
+        incomplete, completed = ledger.recompute_completeness()
         for model in incomplete:
             await self._publisher.unpublish_model(model)
             log.warning("model is incomplete, it used files of a library; pull it again", model=model)
@@ -310,8 +311,8 @@ class LibraryService:
 
     async def _offer(self, new_models: dict[str, LibraryModel]) -> None:
         """Offer new library models, except those the store cannot record: its disk may be full."""
-        before = self._ledger.library_models
-        self._ledger.set_library_models({**before, **new_models})
+        before = self._ledger.libraries.models
+        self._ledger.libraries.set_models({**before, **new_models})
         failed: dict[str, OSError] = {}
         try:
             await self._record_locations()
@@ -336,11 +337,13 @@ class LibraryService:
             self._unusable[new_models[model].directory] = reason
             log.warning("library model not offered", directory=new_models[model].directory, reason=reason)
         if failed:
-            self._ledger.set_library_models({m: a for m, a in self._ledger.library_models.items() if m not in failed})
+            self._ledger.libraries.set_models(
+                {m: a for m, a in self._ledger.libraries.models.items() if m not in failed}
+            )
 
     async def _record_locations(self) -> None:
         """Record where each library blob is; delete all other records."""
-        blobs = dict(self._ledger.library_blobs)
+        blobs = dict(self._ledger.libraries.blobs)
         if blobs != self._recorded or not blobs:
             changed = {sha256: f for sha256, f in blobs.items() if self._recorded.get(sha256) != f}
             await asyncio.to_thread(library_records.record_locations, self._layout, changed, blobs)
@@ -372,7 +375,7 @@ class LibraryService:
         }
         return LibraryState(
             path=library,
-            model_count=sum(a.directory in directories for a in self._ledger.library_models.values()),
+            model_count=sum(a.directory in directories for a in self._ledger.libraries.models.values()),
             unhashed_count=len(waiting),
             unhashed_bytes=sum(map(self._unhashed_bytes, waiting)),
             rejected=dict(sorted(refused.items())[:_MAX_NAMED]),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import msgspec
 
 from shoal_common.messages.manifest import Manifest
-from shoal_storage.ledger.completeness import mark_complete, mark_incomplete
 from shoal_storage.ledger.entries import BlobFileStat, ForeignFiles
 from shoal_storage.ledger.ledger import Ledger
 from shoal_storage.scan.scanner import StoreScan
@@ -101,23 +100,20 @@ def apply_diff(diff: StoreDiff, ledger: Ledger) -> DiffResult:
     """Update the ledger to match the disk; return the models affected."""
     complete_before = dict(ledger.manifests)
     for model in diff.removed_models:
-        ledger.manifests.pop(model, None)
-        ledger.incomplete.pop(model, None)
-    for model, manifest in diff.changed_manifests.items():
-        ledger.manifests.pop(model, None)
-        ledger.incomplete[model] = manifest
+        ledger.drop_manifest(model)
+    for manifest in diff.changed_manifests.values():
+        ledger.add_manifest(manifest)
+    ledger.lose_blobs(diff.lost_blobs)
     for sha256 in diff.unverified_gone:
-        del ledger.unverified[sha256]
-    ledger.unverified.update(diff.unverified)
-    ledger.volume_by_blob.update(diff.moved_blobs | {b: stamp.volume_id for b, stamp in diff.unverified.items()})
-    ledger.redundant_copies = diff.redundant_copies
-    ledger.corrupt = {
-        b: s for b, s in ledger.corrupt.items() if b in ledger.unverified and s.same_file(ledger.unverified[b])
-    }
-    ledger.foreign = diff.foreign
-    mark_incomplete(diff.lost_blobs, ledger)
-    ledger.prune_locations()
-    mark_complete(ledger)
+        ledger.drop_unverified(sha256)
+    for sha256, stamp in diff.unverified.items():
+        ledger.add_unverified(sha256, stamp)
+    for sha256, volume_id in diff.moved_blobs.items():
+        ledger.move_blob(sha256, volume_id)
+    ledger.set_copies(diff.redundant_copies)
+    ledger.set_foreign(diff.foreign)
+    ledger.prune_volumes()
+    ledger.mark_complete()
     return DiffResult(
         lost_models=sorted(complete_before.keys() - ledger.manifests.keys()),
         found_models=sorted(m for m, manifest in ledger.manifests.items() if complete_before.get(m) != manifest),

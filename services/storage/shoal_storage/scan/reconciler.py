@@ -11,8 +11,8 @@ from shoal_common.logs import StructuredLogger
 from shoal_common.service import ServiceContext
 from shoal_storage.files.metadata_files import MetadataFiles
 from shoal_storage.integrity.consequences import IntegrityPublisher
-from shoal_storage.ledger.completeness import manifests_with_blob, mark_complete
 from shoal_storage.ledger.ledger import Ledger
+from shoal_storage.ledger.references import manifests_with_blob
 from shoal_storage.publisher import StatePublisher
 from shoal_storage.scan.change_filter import has_visible_change
 from shoal_storage.scan.diff import StoreDiff, apply_diff, diff_store
@@ -75,7 +75,7 @@ class StoreReconciler:
             # The file in the blob's place may be its very own, written to: no view may keep it.
             ledger = self._ledger
             view_paths = view_paths_of(
-                self._store.layout, sha256, manifests_with_blob(sha256, ledger), ledger.leases.values()
+                self._store.layout, sha256, manifests_with_blob(sha256, ledger), ledger.uses.leases.values()
             )
             await asyncio.to_thread(delete_files, view_paths, diff.unverified[sha256].inode)
         foreign = diff.foreign if diff.foreign != self._ledger.foreign else None
@@ -98,7 +98,7 @@ class StoreReconciler:
 
     async def publish_completed_models(self) -> None:
         """Publish models that have become complete. Within the critical section."""
-        if completed := mark_complete(self._ledger):
+        if completed := self._ledger.mark_complete():
             await self.publish_model_changes([], completed)
 
     async def _drop_lost_shards(self) -> None:
@@ -138,7 +138,7 @@ class StoreReconciler:
             await asyncio.to_thread(link_view, self._store, self._ledger.manifests[model])
         except OSError as e:
             log.warning("model view cannot be built; model not published", model=model, error=str(e))
-            self._ledger.incomplete[model] = self._ledger.manifests.pop(model)
+            self._ledger.mark_incomplete(model)
             return False
         return True
 
@@ -162,7 +162,7 @@ class StoreReconciler:
         if present == (not self._ledger.store_missing):
             return present
         async with self._section:
-            self._ledger.store_missing = not present
+            self._ledger.set_store_missing(not present)
             self._unpublished = True
         path = self._store.layout.root
         if present:

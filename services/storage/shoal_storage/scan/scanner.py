@@ -103,7 +103,7 @@ class _Scanner:
                 self._inodes.update(stamp.inode for stamp in blobs.values())
                 self._times.update((stamp.size_bytes, stamp.mtime_ns) for stamp in blobs.values())
         for sha256, stamps in copies.items():
-            expected = self._layout.volume_by_blob.get(sha256, "")
+            expected = self._layout.volume_of(sha256)
             chosen, *others = sorted(stamps, key=lambda s: (not s.is_verified, s.volume_id != expected))
             self.result.blobs[sha256] = chosen
             for other in others:

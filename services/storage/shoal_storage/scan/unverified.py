@@ -93,9 +93,7 @@ class UnverifiedBlobHasher:
         if result.intact:
             if not await asyncio.to_thread(promote_to_blob, self._store, sha256, result):
                 return False
-            del ledger.unverified[sha256]
-            ledger.corrupt.pop(sha256, None)
-            ledger.blobs[sha256] = result.stat.size_bytes
+            ledger.add_blob(sha256, result.stat.size_bytes)
             await drop_obsolete_quarantine(self._store, ledger)
             log.info("verified a copied-in blob", blob=sha256, size_bytes=result.stat.size_bytes)
             await self._reconciler.publish_completed_models()
@@ -103,7 +101,7 @@ class UnverifiedBlobHasher:
             stamp = await asyncio.to_thread(mark_corrupt, self._store, sha256, result.stat)
             if stamp is None:
                 return False
-            ledger.unverified[sha256] = ledger.corrupt[sha256] = stamp
+            ledger.mark_corrupt(sha256, stamp)
             path = self._store.layout.blob(sha256)
             log.warning("copied-in file is corrupt; left in place, not used", path=path, reason=result.reason)
         await self._reconciler.publish_state()
@@ -113,12 +111,7 @@ class UnverifiedBlobHasher:
 def next_to_verify(ledger: Ledger) -> list[str]:
     """Return unverified files not hashed since they last changed, those incomplete models need first. Pure."""
     needed = {b for m in ledger.incomplete.values() for b in m.blob_sizes}
-    pending = [
-        b
-        for b, stamp in ledger.unverified.items()
-        if b not in ledger.corrupt or not stamp.same_file(ledger.corrupt[b])
-    ]
-    return sorted(pending, key=lambda b: (b not in needed, b))
+    return sorted(ledger.unverified.keys() - ledger.corrupt.keys(), key=lambda b: (b not in needed, b))
 
 
 def verify_file(store: Store, sha256: str) -> FileHash | None:

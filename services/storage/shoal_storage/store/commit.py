@@ -33,9 +33,9 @@ def commit_blob(store: Store, blob: str, digests: FileHashes) -> None:
     existing = stat_blob(paths, target)
     # A verified blob that is here stays: views link to that very file.
     if existing is None or not existing.is_verified or existing.size_bytes != digests.size_bytes:
-        target = paths.blob_on(paths.volume_by_blob.get(blob, ""), digests.sha256)
+        target = paths.blob_on(paths.volume_of(blob), digests.sha256)
         _name_blob(store, source / "data", target, digests)
-        set_volume(store, digests.sha256, paths.volume_by_blob.get(blob, ""))
+        set_volume(store, digests.sha256, paths.volume_of(blob))
         fsync_path(source)
     # Also if it was here already: an earlier attempt may have failed, or been killed, just before this.
     fsync_path(target.parent)
@@ -44,14 +44,14 @@ def commit_blob(store: Store, blob: str, digests: FileHashes) -> None:
     store.delete(source)
     unlink_partial(store, blob)
     if blob != digests.sha256:
-        paths.set_volume(blob, "")
+        paths.blob_volumes.place(blob, "")
 
 
 def set_volume(store: Store, blob: str, volume_id: str) -> None:
     """Record that a blob is, or is to go, on a volume; "": the store. Drops its quarantined bytes elsewhere."""
-    if store.layout.volume_by_blob.get(blob, "") != volume_id:
+    if store.layout.volume_of(blob) != volume_id:
         delete_quarantined(store, blob)
-        store.layout.set_volume(blob, volume_id)
+        store.layout.blob_volumes.place(blob, volume_id)
 
 
 def _name_blob(store: Store, data: Path, target: Path, digests: FileHashes) -> None:
@@ -88,7 +88,7 @@ def delete_quarantined(store: Store, sha256: str) -> None:
 
 def delete_blob(store: Store, sha256: str) -> None:
     """Delete a blob, durably, on every volume. Absent already is fine."""
-    known_volume_id = store.layout.volume_by_blob.get(sha256, "")
+    known_volume_id = store.layout.volume_of(sha256)
     for volume_id, _ in store.layout.each_volume():
         if volume_id == known_volume_id or _is_verified_in(store, volume_id, sha256):
             delete_copy(store, sha256, volume_id)

@@ -15,7 +15,7 @@ from shoal_common.store.leaf_set import from_bitmap
 from shoal_storage.files.atomic_file import fsync_path, replace_file
 from shoal_storage.files.hashing import FileHashes, hash_file
 from shoal_storage.files.leaf_list_verify import read_sealed_list, verify_leaves
-from shoal_storage.ledger.entries import PartialBlobInfo
+from shoal_storage.ledger.ledger import Ledger
 from shoal_storage.store.store import Store
 
 
@@ -39,11 +39,11 @@ def allocated_bytes(store: Store, blob: str, size_bytes: int) -> int:
         return 0
 
 
-def refresh_partial(store: Store, blob: str, partial: PartialBlobInfo) -> None:
-    """Refresh the allocated bytes and durable leaves of a partial blob."""
-    partial.allocated_bytes = allocated_bytes(store, blob, partial.size_bytes)
-    if partial.leaves_by_model:
-        partial.durable_leaves = durable_leaves(store, blob, partial.size_bytes)
+def refresh_partial(store: Store, blob: str, ledger: Ledger) -> None:
+    """Record in the ledger how much of a partial blob is allocated, and which leaves are durable."""
+    partial = ledger.arrivals.partials[blob]
+    durable = durable_leaves(store, blob, partial.size_bytes) if partial.leaves_by_model else partial.durable_leaves
+    ledger.arrivals.record_allocated(blob, allocated_bytes(store, blob, partial.size_bytes), durable)
 
 
 def durable_leaves(store: Store, blob: str, size_bytes: int) -> int:

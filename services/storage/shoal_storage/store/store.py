@@ -121,7 +121,7 @@ class Store:
 
     def is_volume_present(self, blob: str) -> bool:
         """Whether the volume that a blob is in, or arrives in, is at its path. True for the store."""
-        volume_id = self.layout.volume_by_blob.get(blob, "")
+        volume_id = self.layout.volume_of(blob)
         return not volume_id or (volume_id in self.volumes and self.volumes[volume_id].is_mounted())
 
     def require_volume(self, blob: str) -> None:
