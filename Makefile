@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 DISTS  := libs/common $(wildcard services/*) cli demo
-SOURCES := libs services cli demo tools tests bench deploy scripts
+SOURCES := libs services cli demo tools tests bench deploy scripts examples
 
 .PHONY: demo test unit lint types setup bench chaos docs lock format clean
 .DEFAULT_GOAL := help

@@ -18,7 +18,7 @@ from typing import Any
 
 HERE = Path(__file__).parents[1]
 SOURCES = ("libs", "services", "cli", "demo", "deploy", "scripts", "tools")
-ALL = (*SOURCES, "bench", "tests")
+ALL = (*SOURCES, "bench", "examples", "tests")
 MAX_LINES = 400
 MAX_MODULES = 12
 _HUMPS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")

@@ -3,8 +3,8 @@
 # slower in f32. Installed by apt where there is one and we may; elsewhere this says what to do and goes on, because
 # everything works without it too. macOS needs nothing: MLX uses Accelerate and Metal there.
 #
-# `system-packages.sh test` adds what tests use: strace, which kills the store at every one of its system calls, and the
-# makers of the file systems on which its power is cut. `system-packages.sh bench` adds what makes links,
+# `system-packages.sh test` adds what tests use: strace, which kills the store at every one of its system calls, the
+# makers of the file systems on which its power is cut, and curl, which some examples use. `system-packages.sh bench` adds what makes links,
 # and nginx, beside which the fileserver is measured.
 set -euo pipefail
 [ "$(uname -s)" = Linux ] || exit 0
@@ -22,6 +22,7 @@ have_openblas || packages+=(libopenblas0-pthread)
 if [ "${1:-}" = test ]; then
   PATH=$PATH:/usr/sbin:/sbin
   command -v strace >/dev/null || packages+=(strace)
+  command -v curl >/dev/null || packages+=(curl)
   command -v mkfs.xfs >/dev/null || packages+=(xfsprogs)
   command -v mkfs.ext4 >/dev/null || packages+=(e2fsprogs)
 fi

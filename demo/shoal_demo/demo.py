@@ -40,12 +40,13 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.default_int_handler)
     try:
-        with running_hub(MODELS_DIR, process=True) as hub, _nodes(hub.base_url) as gateways:
+        with running_hub(MODELS_DIR, process=True) as hub, _nodes(hub.base_url) as (gateways, nats):
             summary = _show(hub.base_url, gateways, lambda: hub.stats().bytes)
             if os.environ.get("DEMO_EXIT") == "1":
                 print(json.dumps(summary))
                 return 0
             print(f"\nStatus page: {gateways[0]}/    OpenAI API: {gateways[0]}/v1    Ctrl-C stops the demo.")
+            print(f"For examples/: export SHOAL_GATEWAY={gateways[0]} SHOAL_NATS={nats}")
             signal.pause()
     except KeyboardInterrupt:
         print("\nstopped; all nodes have ended and their files are deleted")
@@ -65,8 +66,8 @@ def _shoal(*arguments: str | Path, timeout_s: float) -> None:
 
 
 @contextmanager
-def _nodes(hub_url: str) -> Iterator[list[str]]:
-    """Run three nodes; yield the URLs of their gateways."""
+def _nodes(hub_url: str) -> Iterator[tuple[list[str], str]]:
+    """Run three nodes; yield the URLs of their gateways, and that of their NATS."""
     root = Path(tempfile.mkdtemp(prefix="shoal-demo-"))
     homes = [root / node for node in NODES]
 
@@ -80,7 +81,7 @@ def _nodes(hub_url: str) -> Iterator[list[str]]:
         nats = _nats_url(homes[0])
         with ThreadPoolExecutor() as starting:
             list(starting.map(lambda home: up(home, "--nats", nats), homes[1:]))
-        yield [(home / "run" / "gateway.url").read_text().strip() for home in homes]
+        yield [(home / "run" / "gateway.url").read_text().strip() for home in homes], nats
     finally:
         # Stop the first node last: the others shut down over its NATS.
         for home in reversed(homes):

@@ -16,7 +16,7 @@ PAGES = sorted(
 )
 SOURCES = [
     p
-    for top in ("libs", "services", "cli", "demo", "tests", "bench", "deploy", "tools", "scripts")
+    for top in ("libs", "services", "cli", "demo", "tests", "bench", "deploy", "tools", "scripts", "examples")
     for p in (ROOT / top).rglob("*.py")
 ]
 
