@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 DISTS  := libs/common $(wildcard services/*) cli demo
 SOURCES := libs services cli demo tools tests bench deploy scripts examples
 
-.PHONY: demo test unit lint types setup bench chaos docs lock format clean
+.PHONY: demo test unit lint types setup bench chaos docs hooks lock format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -14,7 +14,8 @@ help:
 	@echo "make bench   run the benchmarks and write docs/benchmarks.md"
 	@echo "make chaos   inject faults into a cluster and check it   (CHAOS_ROUNDS, CHAOS_SEED, CHAOS_KINDS)"
 	@echo "make docs    write the field tables of docs/protocol.md from the messages"
-	@echo "make lock    pin the requirements again      make format    format the code"
+	@echo "make hooks   check each commit before it is made     make format    format the code"
+	@echo "make lock    pin the requirements again"
 
 setup: $(VENV)/.ready
 
@@ -77,6 +78,10 @@ $(VENV)/.bench: requirements-bench.txt $(VENV)/.ready
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-bench.txt \
 	  || echo "cannot install the programs that benchmarks compare with: their figures will be left out" >&2
 	@touch $@
+
+# Needs pre-commit (`pipx install pre-commit`).
+hooks: setup
+	pre-commit install
 
 # Needs uv (`pip install uv`). No registry's address gets into the files.
 UV_COMPILE := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header \
