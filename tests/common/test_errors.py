@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from shoal_common import errors
@@ -49,6 +49,7 @@ def test_an_error_crosses_processes_with_class_and_message(cls: type[ShoalError]
 
 
 @given(st.text(max_size=20), st.text(), st.dictionaries(st.text(max_size=8), st.integers(), max_size=3))
+@example("in_use", "it is", {"message": 1, "self": 2})
 def test_any_body_becomes_an_error_with_its_message(code: str, message: str, details: dict[str, int]) -> None:
     got = from_body(ErrorBody(code=code, message=message, details=details))
     assert isinstance(got, BY_CODE.get(code, errors.InternalError))

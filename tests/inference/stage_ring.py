@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from shoal_common.errors import ErrorBody
+from shoal_common.messages.generation import Accepted, Generate, TokenEvent
 from shoal_inference.stage.ipc.messages import (
     Cancel,
     FromChild,
@@ -16,13 +18,12 @@ from shoal_inference.stage.ipc.messages import (
     Linked,
     Listening,
     Loaded,
-    PromptMessage,
-    RequestFailed,
+    RequestAccepted,
+    RequestEvent,
     SetSuccessor,
     StageStats,
     Start,
     StartRequest,
-    Token,
 )
 from shoal_inference.stage.ipc.parent import StageProcess
 
@@ -34,13 +35,26 @@ CHUNK_TOKENS = 8
 T = TypeVar("T")
 
 
+Event = FromChild | Accepted | TokenEvent
+
+
+def unwrapped(event: FromChild) -> Event:
+    """Return what the parent would pass on."""
+    match event:
+        case RequestAccepted(accepted=accepted):
+            return accepted
+        case RequestEvent(event=token_event):
+            return token_event
+    return event
+
+
 class Child:
     """One stage process and its events, in order."""
 
     def __init__(self, process: StageProcess, rank: int) -> None:
         self.process = process
         self.rank = rank
-        self.events: list[FromChild] = []
+        self.events: list[Event] = []
         self.exited = False
         self._news = asyncio.Condition()
         self.pump = asyncio.get_running_loop().create_task(self._pump())
@@ -48,7 +62,7 @@ class Child:
     async def _pump(self) -> None:
         async for event in self.process:
             async with self._news:
-                self.events.append(event)
+                self.events.append(unwrapped(event))
                 self._news.notify_all()
         async with self._news:
             self.exited = True
@@ -134,24 +148,29 @@ class RingOfStages:
         await self.children[rank].wait(Loaded)
         await self.link(since)
 
-    async def ask(self, prompt: str | Sequence[int | PromptMessage], max_tokens: int, **more: Any) -> str:
-        """Start a request; return its id."""
+    async def ask(self, prompt: Sequence[int], max_tokens: int, **more: Any) -> str:
+        """Start a request; return its id. `more`: other fields of `Generate`."""
         self._next += 1
         request: str = more.pop("request", f"r{self._next}")
-        fixed = prompt if isinstance(prompt, str) else tuple(prompt)
-        await self.children[0].process.send(
-            StartRequest(request=request, reply=f"reply.{request}", prompt=fixed, max_tokens=max_tokens, **more)
-        )
+        generate = Generate(instance="i1", request=request, prompt_tokens=list(prompt), max_tokens=max_tokens, **more)
+        await self.children[0].process.send(StartRequest(generate=generate))
         return request
 
-    async def token(self, request: str, index: int) -> Token:
-        return await self.last.wait(Token, lambda t: t.request == request and t.index == index)
+    async def token(self, request: str, index: int) -> TokenEvent:
+        return await self.last.wait(TokenEvent, lambda t: t.request == request and t.index == index)
 
-    async def answer(self, request: str) -> list[Token]:
+    def tokens(self, request: str) -> list[TokenEvent]:
+        """Return the tokens of a request so far."""
+        events = (e for e in self.last.events if isinstance(e, TokenEvent) and e.request == request)
+        return [event for event in events if event.error is None]
+
+    async def answer(self, request: str) -> list[TokenEvent]:
         """Return all tokens of a request that succeeds."""
-        lead, last = self.children[0], self.last
-        wanted = asyncio.create_task(last.wait(Token, lambda t: t.request == request and t.finish_reason is not None))
-        failed = asyncio.create_task(lead.wait(RequestFailed, lambda f: f.request == request))
+        last = self.last
+        wanted = asyncio.create_task(
+            last.wait(TokenEvent, lambda t: t.request == request and t.finish_reason is not None)
+        )
+        failed = asyncio.create_task(self.failure(request))
         try:
             await asyncio.wait({wanted, failed}, return_when=asyncio.FIRST_COMPLETED)
             if not wanted.done():
@@ -161,14 +180,14 @@ class RingOfStages:
             wanted.cancel()
             failed.cancel()
             await asyncio.gather(wanted, failed, return_exceptions=True)
-        return [event for event in self.last.events if isinstance(event, Token) and event.request == request]
+        return self.tokens(request)
 
-    async def failure(self, request: str, rank: int = 0) -> RequestFailed:
-        return await self.children[rank].wait(RequestFailed, lambda f: f.request == request)
+    async def failure(self, request: str, rank: int = 0) -> ErrorBody:
+        failed = await self.children[rank].wait(TokenEvent, lambda t: t.request == request and t.error is not None)
+        assert failed.error is not None
+        return failed.error
 
-    async def generate(
-        self, prompt: str | Sequence[int | PromptMessage], max_tokens: int, **more: Any
-    ) -> list[Token]:
+    async def generate(self, prompt: Sequence[int], max_tokens: int, **more: Any) -> list[TokenEvent]:
         return await self.answer(await self.ask(prompt, max_tokens, **more))
 
     async def cancel(self, request: str) -> None:

@@ -141,7 +141,7 @@ def test_each_stage_of_a_real_ring_reports_its_pass_time(own_ring: Rings, models
             assert not [e for e in child.events if isinstance(e, PassTiming)]
         tokens = 0
         while tokens <= LEAST_PASSES:  # a random model may end an answer early
-            tokens += len(await ring.generate("the shoal turns", 2 * LEAST_PASSES, temperature=1.0, seed=tokens))
+            tokens += len(await ring.generate((3, 14, 15), 2 * LEAST_PASSES, temperature=1.0, seed=tokens))
         for child in ring.children:
             timing = await child.wait(PassTiming)
             assert timing.passes >= LEAST_PASSES and 0 < timing.pass_s < 60

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import json
+import shutil
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +16,8 @@ import pytest
 from mlx_lm import load
 from mlx_lm.generate import generate_step
 
+from shoal_common.messages.generation import Accepted, ChatMessage, TokenEvent
 from shoal_common.models.kv_cache import KV_CACHE_STEP_TOKENS
-from shoal_inference.stage.ipc.messages import PromptMessage, RequestAccepted, Token
 from tests.inference.conftest import Models, Rings, Run
 from tests.inference.stage_ring import CHUNK_TOKENS, RingOfStages
 from tests.inference.tiny_models import CONTEXT_TOKENS, END_OF_TEXT, VOCABULARY
@@ -41,7 +43,7 @@ def one_process(model_dir: Path, prompt: Sequence[int], count: int = COUNT) -> l
     return tokens
 
 
-def ids(answer: list[Token]) -> list[int | None]:
+def ids(answer: list[TokenEvent]) -> list[int | None]:
     assert [token.index for token in answer] == list(range(answer[0].index, answer[0].index + len(answer)))
     return [token.token for token in answer]
 
@@ -80,7 +82,7 @@ def ring(models: Models, rings: Rings) -> RingOfStages:
 def test_concurrent_requests_each_get_what_they_get_alone(ring: RingOfStages, run: Run[Any]) -> None:
     prompts = [PROMPT[i : i + 5 + 3 * i] for i in range(8)]
 
-    async def together() -> list[list[Token]]:
+    async def together() -> list[list[TokenEvent]]:
         return list(await asyncio.gather(*(ring.generate(prompt, COUNT) for prompt in prompts)))
 
     answers = run(together())
@@ -95,7 +97,7 @@ def test_preempted_requests_wait_for_older_ones_and_still_answer(ring: RingOfSta
     ]
     assert CONTEXT_TOKENS == 2 * KV_CACHE_STEP_TOKENS
 
-    async def together() -> tuple[list[list[Token]], int]:
+    async def together() -> tuple[list[list[TokenEvent]], int]:
         before = await ring.children[0].stats()
         answers = await asyncio.gather(*(ring.generate(prompt, COUNT) for prompt in prompts))
         return answers, (await ring.children[0].stats()).displaced - before.displaced
@@ -132,18 +134,18 @@ def test_a_ninth_request_is_refused_busy_and_the_others_finish(ring: RingOfStage
 @pytest.mark.parametrize("answered", [1, 13, 31])
 def test_an_answer_continues_where_an_earlier_epoch_stopped(answered: int, ring: RingOfStages, run: Run[Any]) -> None:
     whole = run(ring.generate(PROMPT, COUNT))
-    rest = run(ring.generate(PROMPT, COUNT, generated=tuple(ids(whole)[:answered])))
+    rest = run(ring.generate(PROMPT, COUNT, generated_tokens=ids(whole)[:answered]))
     assert rest[0].index == answered
     assert ids(rest) == ids(whole)[answered:]
     assert [t.text for t in rest] == [t.text for t in whole[answered:]]
 
 
 def test_a_complete_answer_is_ended_without_another_token(ring: RingOfStages, run: Run[Any]) -> None:
-    async def ended(generated: tuple[int, ...], max_tokens: int) -> Token:
-        request = await ring.ask(PROMPT, max_tokens, generated=generated)
-        return await ring.children[0].wait(Token, lambda t: t.request == request)
+    async def ended(generated: list[int], max_tokens: int) -> TokenEvent:
+        request = await ring.ask(PROMPT, max_tokens, generated_tokens=generated)
+        return await ring.children[0].wait(TokenEvent, lambda t: t.request == request)
 
-    for generated, reason in (((5, 6, 7), "length"), ((5, END_OF_TEXT), "stop")):
+    for generated, reason in (([5, 6, 7], "length"), ([5, END_OF_TEXT], "stop")):
         last = run(ended(generated, 3))
         assert (last.index, last.token, last.finish_reason) == (len(generated), None, reason)
 
@@ -155,14 +157,14 @@ def test_a_seed_gives_the_same_tokens_on_any_layout_and_replay(
     options = {"temperature": 1.0, "top_p": 0.9}
     first = run(ring.generate(PROMPT, 20, seed=11, **options))
     assert ids(run(alone.generate(PROMPT, 20, seed=11, **options))) == ids(first)
-    rest = run(ring.generate(PROMPT, 20, seed=11, generated=tuple(ids(first)[:7]), **options))
+    rest = run(ring.generate(PROMPT, 20, seed=11, generated_tokens=ids(first)[:7], **options))
     assert ids(rest) == ids(first)[7:]
     assert ids(run(ring.generate(PROMPT, 20, seed=12, **options))) != ids(first)
 
 
 def test_text_adds_up_to_the_decoded_tokens(ring: RingOfStages, run: Run[Any]) -> None:
-    answer = run(ring.generate("the shoal turns", 24))
     _model, tokenizer = whole_model(ring.model_dir)
+    answer = run(ring.generate(tokenizer.encode("the shoal turns"), 24))
     detokenizer = tokenizer.detokenizer
     for token in answer:
         if token.token != END_OF_TEXT:
@@ -175,15 +177,20 @@ def test_messages_go_through_the_models_chat_template(ring: RingOfStages, run: R
     _model, tokenizer = whole_model(ring.model_dir)
     turns = [{"role": "user", "content": "turn with the sea"}]
     prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True)
-    answer = run(ring.generate([PromptMessage(role="user", content="turn with the sea")], 10))
+    answer = run(ring.generate((), 10, messages=[ChatMessage(role="user", content="turn with the sea")]))
     assert ids(answer) == one_process(ring.model_dir, prompt, 10)
 
 
-def test_a_stop_token_ends_the_answer_and_is_not_text(ring: RingOfStages, run: Run[Any]) -> None:
+def test_a_stop_token_ends_the_answer_and_is_not_text(
+    ring: RingOfStages, own_ring: Rings, tmp_path: Path, run: Run[Any]
+) -> None:
     whole = run(ring.generate(PROMPT, COUNT))
     stop = whole[9].token
     at = ids(whole).index(stop)
-    cut = run(ring.generate(PROMPT, COUNT, stop_token_ids=(stop,)))
+    shutil.copytree(ring.model_dir, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "eos_token_id": [END_OF_TEXT, stop]}))
+    cut = run(own_ring(tmp_path, (0, 3, 6)).generate(PROMPT, COUNT))
     assert ids(cut) == ids(whole)[: at + 1]
     assert cut[-1].finish_reason == "stop"
     held_back = "".join(token.text for token in cut)
@@ -193,13 +200,13 @@ def test_a_stop_token_ends_the_answer_and_is_not_text(ring: RingOfStages, run: R
 def test_an_answer_is_trimmed_to_the_context(ring: RingOfStages, run: Run[Any]) -> None:
     prompt = (PROMPT * 20)[: CONTEXT_TOKENS - 4]
 
-    async def trimmed() -> tuple[RequestAccepted, list[Token]]:
+    async def trimmed() -> tuple[Accepted, list[TokenEvent]]:
         request = await ring.ask(prompt, 100)
         answer = await ring.answer(request)
-        return await ring.children[0].wait(RequestAccepted, lambda a: a.request == request), answer
+        return await ring.children[0].wait(Accepted, lambda a: a.request == request), answer
 
     accepted, answer = run(trimmed())
-    assert (accepted.prompt_tokens, accepted.max_tokens) == (CONTEXT_TOKENS - 4, 4)
+    assert accepted.prompt_tokens == CONTEXT_TOKENS - 4
     assert len(answer) <= 4
     assert answer[-1].finish_reason in ("length", "stop")
 
@@ -214,7 +221,6 @@ def test_an_answer_is_trimmed_to_the_context(ring: RingOfStages, run: Run[Any]) 
         ),
         ((1, VOCABULARY, 2), "bad_input", str(VOCABULARY)),
         ((), "bad_input", "the prompt is empty"),
-        ((1, PromptMessage(role="user", content="x")), "bad_input", "mixes"),
     ],
 )
 def test_a_prompt_that_cannot_be_answered_fails_before_prefill(
@@ -229,7 +235,7 @@ def test_a_prompt_that_cannot_be_answered_fails_before_prefill(
 
 
 def test_cancel_ends_the_answer_and_frees_every_cache(ring: RingOfStages, run: Run[Any]) -> None:
-    async def cancelled() -> list[Token]:
+    async def cancelled() -> list[TokenEvent]:
         request = await ring.ask(PROMPT, 400)
         await ring.token(request, 3)
         await ring.cancel(request)

@@ -12,7 +12,8 @@ from typing import Any
 import psutil
 import pytest
 
-from shoal_inference.stage.ipc.messages import Fatal, Linked, Listening, Start, Token, Unlinked
+from shoal_common.errors import ErrorBody
+from shoal_inference.stage.ipc.messages import Fatal, Linked, Listening, Start, Unlinked
 from shoal_inference.stage.ipc.parent import StageProcess
 from shoal_inference.stage.ring import handshake
 from shoal_inference.stage.ring.frames import Kind, encode_frame, make_frame, ring_tag
@@ -41,13 +42,13 @@ def test_I6_I11_a_killed_middle_stage_is_replaced_and_answers(models: Models, ow
             unlinked = await ring.children[rank].wait(Unlinked)
             assert unlinked.rank == 1
         took_s = monotonic() - killed_s
-        tokens = [e.token for e in ring.last.events if isinstance(e, Token) and e.request == request]
+        tokens = [token.token for token in ring.tokens(request)]
         return tokens, took_s
 
     tokens, took_s = run(killed())
     assert took_s < NOTICED_WITHIN_S
     run(ring.respawn(1))
-    rest = run(ring.generate(PROMPT, LONG, generated=tuple(tokens)))
+    rest = run(ring.generate(PROMPT, LONG, generated_tokens=tokens))
     assert tokens + [t.token for t in rest] == whole
     run(ring.check_idle())
 
@@ -77,7 +78,7 @@ def test_a_stopped_stage_times_the_request_out_and_recovers(models: Models, own_
         assert request in failed.message
         return failed.code
 
-    assert run(stopped()) == "stage_timeout"
+    assert run(stopped()) == "expired"
     run(ring.check_idle())
     assert len(run(ring.generate(PROMPT, 5))) == 5
 
@@ -91,15 +92,15 @@ def test_a_stage_forgets_a_request_whose_frames_stop_coming(models: Models, own_
         ring.signal(0, signal.SIGKILL)
         await child.wait(Unlinked)
         _reader, writer = await greet(child, member(rank=0))
-        meta = b'{"request":"left","reply":"","first_index":0,"max_tokens":5,"temperature":0.0,"top_p":1.0,"seed":1,'
-        meta += b'"stop_token_ids":[],"generated":[]}'
+        meta = b'{"request":"left","first_index":0,"max_tokens":5,"temperature":0.0,"top_p":1.0,"seed":1,'
+        meta += b'"generated":[]}'
         writer.write(encode_frame(make_frame(Kind.OPEN, ring_tag("i1", 3), bytes(16), meta=meta)))
         failed = await ring.failure("left", rank=1)
         assert (await child.stats()).sessions == 0
         writer.close()
         return failed.code
 
-    assert run(abandoned()) == "stage_timeout"
+    assert run(abandoned()) == "expired"
 
 
 def test_a_moved_neighbour_is_followed(models: Models, own_ring: Rings, run: Run[Any]) -> None:
@@ -235,23 +236,23 @@ def test_a_stage_stopped_by_a_signal_is_killed_and_reaped(run: Run[Any]) -> None
     assert run(stuck()) == -signal.SIGKILL
 
 
-def fatal_of(start: Start, run: Run[Any]) -> tuple[Fatal, int]:
-    async def failed() -> tuple[Fatal, int]:
+def fatal_of(start: Start, run: Run[Any]) -> tuple[ErrorBody, int]:
+    async def failed() -> tuple[ErrorBody, int]:
         async with await StageProcess.spawn() as process:
             await process.send(start)
             events = [event async for event in process]
             last = events[-1]
             assert isinstance(last, Fatal), events
-            return last, await process.wait()
+            return last.error, await process.wait()
 
-    result: tuple[Fatal, int] = run(failed())
+    result: tuple[ErrorBody, int] = run(failed())
     return result
 
 
 def test_an_unsupported_architecture_is_named_with_the_supported(tmp_path: Path, run: Run[Any]) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
     fatal, status = fatal_of(RingOfStages(tmp_path, (0, 6)).start_for(0), run)
-    assert (fatal.code, status) == ("unsupported_architecture", 1)
+    assert (fatal.code, status) == ("unsupported", 1)
     assert "'mamba'" in fatal.message
     assert "llama" in fatal.message
 
@@ -261,7 +262,7 @@ def test_missing_weights_are_fatal_and_named(tmp_path: Path, models: Models, run
         if file.suffix == ".json":
             (tmp_path / file.name).write_bytes(file.read_bytes())
     fatal, status = fatal_of(RingOfStages(tmp_path, (0, 6)).start_for(0), run)
-    assert (fatal.code, status) == ("load_failed", 1)
+    assert (fatal.code, status) == ("failed", 1)
     assert "safetensors" in fatal.message
 
 

@@ -12,6 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shoal_common.errors import PromptTooLong
+from shoal_common.messages.generation import Generate, TokenEvent
 from shoal_inference.stage import errors
 from shoal_inference.stage.compute import prefill
 from shoal_inference.stage.compute.engine import from_hidden, step_seed, to_hidden
@@ -156,10 +158,10 @@ def test_prefill_steps_cover_the_prompt_and_sample_once(count: int, chunk: int) 
 def test_an_admitted_answer_never_outgrows_the_context(
     prompt: int, answered: int, max_tokens: int, context: int
 ) -> None:
-    ask = messages.StartRequest(request="r", prompt="", max_tokens=max_tokens, generated=(1,) * answered)
+    ask = Generate(instance="i", request="r", max_tokens=max_tokens, generated_tokens=[1] * answered)
     try:
         plan = prefill.admit(ask, (1,) * prompt, context_tokens=context, vocabulary=5, stop_token_ids=())
-    except errors.ContextExceeded:
+    except PromptTooLong:
         assert prompt >= context
         return
     assert plan.prompt_tokens + plan.max_tokens <= context
@@ -178,35 +180,16 @@ def test_a_tokens_seed_depends_on_its_index_alone() -> None:
     assert step_seed(5, 3) == step_seed(5, 3)
 
 
-def test_a_line_of_the_first_version_still_decodes() -> None:
-    start = (
-        b'{"type":"start","instance":"i1","epoch":1,"rank":0,"stages":2,"model_dir":"m","first_layer":0,'
-        b'"last_layer":3,"context_tokens":0,"bind_host":"127.0.0.1","secret":"c2VjcmV0","step_timeout_s":60.0,'
-        b'"prefill_chunk_tokens":2048,"a_later_field":1}'
-    )
-    decoded = messages.decode_to_child(start)
-    assert isinstance(decoded, messages.Start)
-    assert decoded.secret == b"secret"
-    token = b'{"type":"token","request":"r","reply":"s","index":3,"token":null,"text":"","finish_reason":"cancelled"}'
-    assert isinstance(messages.decode_from_child(token), messages.Token)
+def test_a_line_of_an_unknown_kind_is_refused() -> None:
     with pytest.raises(msgspec.MsgspecError):
         messages.decode_to_child(b'{"type":"no-such"}')
 
 
 def test_a_line_is_a_message_whatever_the_text_holds() -> None:
-    token = messages.Token(request="r", reply="", index=0, token=1, text='a\nb\r"\u2028', finish_reason=None)
-    line = messages.encode_line(token)
+    message = messages.RequestEvent(event=TokenEvent(request="r", token=1, text='a\nb\r"\u2028'))
+    line = messages.encode_line(message)
     assert line.count(b"\n") == 1
-    assert messages.decode_from_child(line) == token
-
-
-def leaves(kind: type[errors.StageError]) -> list[type[errors.StageError]]:
-    return [kind, *(leaf for sub in kind.__subclasses__() for leaf in leaves(sub))]
-
-
-def test_every_error_has_a_code_of_its_own() -> None:
-    codes = [leaf.code for leaf in leaves(errors.StageError) if not leaf.__subclasses__()]
-    assert len(codes) == len(set(codes))
+    assert messages.decode_from_child(line) == message
 
 
 def test_mlx_lm_is_called_in_one_module_only() -> None:

@@ -11,10 +11,12 @@ import pytest
 from mlx_lm import load
 from mlx_lm.generate import generate_step
 
+from shoal_common.errors import InternalError
+from shoal_common.messages.generation import TokenEvent
 from shoal_inference.stage.compute.architectures import SUPPORTED, context_tokens, resolve
-from shoal_inference.stage.compute.engine import Engine, Hidden, Sampled
+from shoal_inference.stage.compute.engine import Engine, Hidden
 from shoal_inference.stage.compute.mlx_lm_adapter import remapping
-from shoal_inference.stage.errors import ComputeFailed, LoadFailed, UnsupportedArchitecture
+from shoal_inference.stage.errors import LoadFailed, UnsupportedArchitecture
 from shoal_inference.stage.ipc.messages import Loaded, Start
 from shoal_inference.stage.ring.frames import Open
 from tests.inference.conftest import Models, Rings, Run
@@ -46,13 +48,11 @@ def engines(model_dir: Path, cuts: tuple[int, ...]) -> list[Engine]:
 def open_ask(max_tokens: int) -> Open:
     return Open(
         request="r",
-        reply="",
         first_index=0,
         max_tokens=max_tokens,
         temperature=0.0,
         top_p=1.0,
         seed=0,
-        stop_token_ids=(),
         generated=(),
     )
 
@@ -62,11 +62,11 @@ def in_pieces(pieces: list[Engine], prompt: list[int], count: int) -> list[int]:
     for piece in pieces:
         piece.open(KEY, open_ask(count))
 
-    def around(tokens: list[int], sample: bool) -> Hidden | Sampled | None:
+    def around(tokens: list[int], sample: bool) -> Hidden | TokenEvent | None:
         result: Any = tokens
         for piece in pieces:
             result = piece.run(KEY, result, sample)
-        given: Hidden | Sampled | None = result
+        given: Hidden | TokenEvent | None = result
         return given
 
     for at in range(0, len(prompt) - 1, CHUNK_TOKENS):
@@ -74,7 +74,7 @@ def in_pieces(pieces: list[Engine], prompt: list[int], count: int) -> list[int]:
     tokens = [prompt[-1]]
     while len(tokens) <= count:
         sampled = around(tokens[-1:], True)
-        assert isinstance(sampled, Sampled)
+        assert isinstance(sampled, TokenEvent) and sampled.token is not None
         tokens.append(sampled.token)
         if sampled.finish_reason is not None:
             break
@@ -131,7 +131,7 @@ def test_a_stage_holds_its_own_tensors_and_no_others(
 def test_a_token_outside_the_vocabulary_is_refused(models: Models) -> None:
     (engine,) = engines(models("llama"), (0, LAYERS))
     engine.open(KEY, open_ask(3))
-    with pytest.raises(ComputeFailed, match="vocabulary"):
+    with pytest.raises(InternalError, match="vocabulary"):
         engine.run(KEY, [10**6], True)
 
 

@@ -1,4 +1,4 @@
-"""Decide which stages this node runs, and map a stage's error codes to errors. Pure."""
+"""Decide which stages this node runs. Pure."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
-from shoal_common import errors
 from shoal_common.host.addresses import sort_by_preference
 from shoal_common.host.interfaces import Interface
 from shoal_common.messages.instances import InstanceSpec, StageSpec, StageState
@@ -64,22 +63,6 @@ def successor_address(
             links = sort_by_preference(state.links, own_interfaces) if state.address else []
             return links[0].address if links else state.address
     return ""
-
-
-_BY_STAGE_CODE: dict[str, type[errors.ShoalError]] = {
-    "prompt_too_long": errors.PromptTooLong,
-    "bad_input": errors.BadInput,
-    "stage_lost": errors.StageLost,
-    "stage_timeout": errors.Expired,
-    "compute_stuck": errors.StageLost,
-    "busy": errors.Busy,
-    "unsupported_architecture": errors.Unsupported,
-}
-
-
-def stage_error(code: str, message: str) -> errors.ShoalError:
-    """Return the Shoal error for an error code of a stage process."""
-    return _BY_STAGE_CODE.get(code, errors.InternalError)(message)
 
 
 def respawn_backoff_s(deaths: int) -> float:

@@ -31,7 +31,7 @@ from shoal_common.models.kv_cache import MAX_REQUESTS_PER_INSTANCE
 from shoal_common.models.layer_tensors import covers
 from shoal_common.rpc.command_client import CommandClient, new_command_id
 from shoal_common.rpc.request_reply import RpcClient
-from shoal_inference.assignments import Assignment, respawn_backoff_s, stage_error, successor_address
+from shoal_inference.assignments import Assignment, respawn_backoff_s, successor_address
 from shoal_inference.host_facts.bandwidth_estimate import BandwidthEstimate, bytes_read_per_token
 from shoal_inference.host_facts.model_lease import lease_model
 from shoal_inference.stage.errors import LinkClosed
@@ -245,27 +245,14 @@ class StageRunner:
                 if rank < len(self._spec.stages):
                     await self._peer_failures.report(peer, reason)
                 await self._publish_state(phase="linking")
-            case messages.RequestAccepted():
-                self._accept(event)
-            case messages.Token():
-                await self._publish(
-                    TokenEvent(
-                        request=event.request,
-                        index=event.index,
-                        token=event.token,
-                        text=event.text,
-                        finish_reason=event.finish_reason,
-                    )
-                )
-            case messages.Waiting(request=request):
-                await self._publish(TokenEvent(request=request, index=-1))
+            case messages.RequestAccepted(accepted=accepted):
+                self._accept(accepted)
+            case messages.RequestEvent(event=token_event):
+                await self._publish(token_event)
             case messages.PassTiming(pass_s=pass_s):
                 self._record_pass_time(pass_s)
-            case messages.RequestFailed():
-                await self._failed(event)
-            case messages.Fatal():
-                error = stage_error(event.code, event.message)
-                self._state = structs.replace(self._state, error=error.body())
+            case messages.Fatal(error=error):
+                self._state = structs.replace(self._state, error=error)
             case _:
                 log.debug("stage event ignored", event=type(event).__name__)
 
@@ -292,23 +279,8 @@ class StageRunner:
             raise InternalError(f"request {request.request} is already in flight; use a new request id")
         accepted: asyncio.Future[Accepted] = asyncio.get_running_loop().create_future()
         self._accepting[request.request] = accepted
-        prompt: tuple[messages.PromptMessage | int, ...] = tuple(request.prompt_tokens) or tuple(
-            messages.PromptMessage(role=m.role, content=m.content) for m in request.messages
-        )
         try:
-            await self._send(
-                process,
-                messages.StartRequest(
-                    request=request.request,
-                    reply=subjects.tokens(request.request),
-                    prompt=prompt,
-                    max_tokens=request.max_tokens,
-                    temperature=request.temperature,
-                    top_p=request.top_p,
-                    seed=request.seed,
-                    generated=tuple(request.generated_tokens),
-                ),
-            )
+            await self._send(process, messages.StartRequest(generate=request))
             async with asyncio.timeout(_ACCEPT_TIMEOUT_S):
                 return await accepted
         except TimeoutError:
@@ -325,18 +297,10 @@ class StageRunner:
             with suppress(StageLost):
                 await self._send(self._process, messages.Cancel(request=request))
 
-    def _accept(self, event: messages.RequestAccepted) -> None:
-        waiting = self._accepting.get(event.request)
+    def _accept(self, accepted: Accepted) -> None:
+        waiting = self._accepting.get(accepted.request)
         if waiting is not None and not waiting.done():
-            waiting.set_result(Accepted(request=event.request, prompt_tokens=event.prompt_tokens))
-
-    async def _failed(self, event: messages.RequestFailed) -> None:
-        error = stage_error(event.code, event.message)
-        waiting = self._accepting.get(event.request)
-        if waiting is not None and not waiting.done():
-            waiting.set_exception(error)
-        else:
-            await self._publish(TokenEvent(request=event.request, error=error.body()))
+            waiting.set_result(accepted)
 
     def _fail_accepting(self, error: ShoalError) -> None:
         for waiting in self._accepting.values():
@@ -344,6 +308,10 @@ class StageRunner:
                 waiting.set_exception(error)
 
     async def _publish(self, event: TokenEvent) -> None:
+        waiting = self._accepting.get(event.request)
+        if event.error is not None and waiting is not None and not waiting.done():
+            waiting.set_exception(from_body(event.error))
+            return
         # Core NATS keeps nothing: a reader that is not subscribed now never gets it.
         with suppress(NatsError):
             await self._nats.client.publish(subjects.tokens(event.request), encode(event))

@@ -64,7 +64,8 @@ FinishReason = Literal["stop", "length", "cancelled"]
 class TokenEvent(WireStruct):
     """One token of an answer, or the error that ended it.
 
-    Subject `shoal.v1.tok.<request>` (core NATS, not stored), published by inference of the node with rank 0.
+    Subject `shoal.v1.tok.<request>` (core NATS, not stored), published by inference of the last rank's node, or
+    of any node of the instance for an error.
     """
 
     request: str

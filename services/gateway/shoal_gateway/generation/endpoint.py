@@ -8,13 +8,14 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, suppress
 
 import msgspec
+from msgspec import structs
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from shoal_common.errors import Busy, InternalError
 from shoal_common.logs import StructuredLogger
-from shoal_common.messages.generation import FinishReason, Generate
+from shoal_common.messages.generation import Generate, TokenEvent
 from shoal_common.messages.instances import InstanceSpec
 from shoal_common.rpc.command_client import new_command_id
 from shoal_gateway.context import GatewayContext, gateway_of
@@ -29,14 +30,6 @@ log = StructuredLogger("chat")
 
 MAX_IN_FLIGHT = 512
 """Requests that this gateway keeps open. Instances have their own, lower limits."""
-
-
-class TextChunk(msgspec.Struct, frozen=True):
-    """Text that can be sent, and the number of tokens received so far."""
-
-    text: str
-    completion_tokens: int
-    finish_reason: FinishReason | None = None
 
 
 class ChatJob(msgspec.Struct, frozen=True):
@@ -79,30 +72,29 @@ async def _complete(gateway: GatewayContext, job: ChatJob) -> Response:
     texts: list[str] = []
     async with (
         start_generation(gateway, job.spec, job.question) as generation,
-        aclosing(_pieces(generation, job.request.stops)) as pieces,
+        aclosing(_cut_at_stops(generation, job.request.stops)) as events,
     ):
-        async for piece in pieces:
-            texts.append(piece.text)
-            if piece.finish_reason is not None:
-                counts = openai.usage(generation.prompt_tokens, piece.completion_tokens)
-                return json_response(openai.completion(job.head, "".join(texts), piece.finish_reason, counts))
+        async for event in events:
+            texts.append(event.text)
+            if event.finish_reason is not None:
+                counts = openai.usage(generation.prompt_tokens, generation.token_count)
+                return json_response(openai.completion(job.head, "".join(texts), event.finish_reason, counts))
     raise InternalError("the answer ended without a finish reason; try again")
 
 
-async def _pieces(generation: Generation, stops: Sequence[str]) -> AsyncGenerator[TextChunk, None]:
-    scanner, count = StopScanner(stops), 0
+async def _cut_at_stops(generation: Generation, stops: Sequence[str]) -> AsyncGenerator[TokenEvent, None]:
+    """Yield the tokens, each with the text that can be sent by now, up to the end or a stop string."""
+    scanner = StopScanner(stops)
     async with aclosing(generation.token_events()) as events:
         async for event in events:
-            count += 1
-            text = scanner.push(event.text)
+            text, reason = scanner.push(event.text), event.finish_reason
             if scanner.stopped:
-                generation.outcome = "stop"
-                yield TextChunk(text, count, "stop")
+                generation.outcome = reason = "stop"
+            elif reason is not None:
+                text += scanner.flush()
+            yield structs.replace(event, text=text, finish_reason=reason)
+            if reason is not None:
                 return
-            if event.finish_reason is not None:
-                yield TextChunk(text + scanner.flush(), count, event.finish_reason)
-                return
-            yield TextChunk(text, count)
 
 
 async def _chunks(gateway: GatewayContext, job: ChatJob) -> AsyncGenerator[bytes, None]:
@@ -111,18 +103,18 @@ async def _chunks(gateway: GatewayContext, job: ChatJob) -> AsyncGenerator[bytes
     try:
         async with (
             start_generation(gateway, job.spec, job.question) as generation,
-            aclosing(_pieces(generation, job.request.stops)) as pieces,
+            aclosing(_cut_at_stops(generation, job.request.stops)) as events,
         ):
-            async for piece in pieces:
+            async for event in events:
                 if not begun:
                     begun = True
                     yield openai.role_chunk(job.head)
-                if piece.text:
-                    yield openai.text_chunk(job.head, piece.text)
-                if piece.finish_reason is not None:
-                    yield openai.finish_chunk(job.head, piece.finish_reason)
+                if event.text:
+                    yield openai.text_chunk(job.head, event.text)
+                if event.finish_reason is not None:
+                    yield openai.finish_chunk(job.head, event.finish_reason)
                     if job.head.with_usage:
-                        counts = openai.usage(generation.prompt_tokens, piece.completion_tokens)
+                        counts = openai.usage(generation.prompt_tokens, generation.token_count)
                         yield openai.usage_chunk(job.head, counts)
     except Exception as e:  # the client gets an event; the log gets the trace of a foreign exception
         if not begun:

@@ -9,16 +9,18 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
+from shoal_common.errors import BadInput, ErrorBody, InternalError
 from shoal_common.logs import StructuredLogger
+from shoal_common.messages.generation import TokenEvent
 from shoal_inference.stage import logs
-from shoal_inference.stage.errors import BadControl, FatalError, InvalidRequest, LoadFailed
+from shoal_inference.stage.errors import BadControl, FatalError, LoadFailed
 from shoal_inference.stage.ipc.child import Channel, ParentGone
 from shoal_inference.stage.ipc.messages import (
     Cancel,
     Fatal,
     GetStats,
     Listening,
-    RequestFailed,
+    RequestEvent,
     SetSuccessor,
     StageStats,
     Start,
@@ -52,21 +54,20 @@ async def run(control_fd: int) -> int:
     level = os.environ.get("SHOAL_LOG") or "info"
     logs.configure(level=level)
     channel = await Channel.open(control_fd)
-    last_words: Fatal | None = None
+    last_words: ErrorBody | None = None
     try:
         await _serve(channel, level)
     except* (_Stopped, ParentGone):
         pass
     except* FatalError as group:
-        error = _first(group)
-        last_words = Fatal(code=error.code, message=error.message)
+        last_words = _first(group).body()
     except* Exception as group:  # noqa: BLE001  (a bug: the parent gets a message, the log gets the trace)
         log.error("stage failed", exc=group)
-        last_words = Fatal(code=FatalError.code, message=f"{_first(group)!r}: see the stage's log")
+        last_words = InternalError(f"{_first(group)!r}: see the stage's log").body()
     if last_words is None:
         return 0
     log.error("stage exits", code=last_words.code, reason=last_words.message)
-    channel.emit(last_words)
+    channel.emit(Fatal(error=last_words))
     await channel.flush()
     return 1
 
@@ -167,12 +168,10 @@ async def _load(core: StagePipeline) -> None:
 async def _obey(message: object, core: StagePipeline, lead: Rank0Driver | None) -> None:
     match message:
         case StartRequest() if lead is not None:
-            lead.generate(message)
+            lead.generate(message.generate)
         case StartRequest():
-            error = InvalidRequest(f"rank {core.start.rank} does not take prompts: send Generate to rank 0")
-            core.emit(
-                RequestFailed(request=message.request, reply=message.reply, code=error.code, message=error.message)
-            )
+            error = BadInput(f"rank {core.start.rank} does not take prompts: send Generate to rank 0")
+            core.emit(RequestEvent(event=TokenEvent(request=message.generate.request, error=error.body())))
         case Cancel() if lead is not None:
             lead.cancel(message.request)
         case SetSuccessor(host=host, port=port) if core.successor is not None:

@@ -13,10 +13,12 @@ import mlx.core as mx
 import msgspec
 import numpy as np
 
+from shoal_common.errors import InternalError
+from shoal_common.messages.generation import Generate, TokenEvent
 from shoal_inference.stage.compute import architectures, mlx_lm_adapter, prefill
 from shoal_inference.stage.compute.shard import LoadedShard, load_shard
-from shoal_inference.stage.errors import ComputeFailed, LoadFailed
-from shoal_inference.stage.ipc.messages import FinishReason, Loaded, Start, StartRequest
+from shoal_inference.stage.errors import LoadFailed
+from shoal_inference.stage.ipc.messages import Loaded, Start
 from shoal_inference.stage.ring.frames import ITEM_BYTES, Dtype, Open
 
 _WIRE = {mx.bfloat16: Dtype.BF16, mx.float16: Dtype.F16, mx.float32: Dtype.F32}
@@ -31,21 +33,12 @@ class Hidden(msgspec.Struct, frozen=True):
     data: bytes
 
 
-class Sampled(msgspec.Struct, frozen=True):
-    """One token of an answer; `text` is what became certain with it."""
-
-    index: int
-    token: int
-    text: str
-    finish_reason: FinishReason | None
-
-
 def to_hidden(h: mx.array) -> Hidden:
     """An evaluated (batch, tokens, width) array as bytes. numpy has no bf16, so that goes as its bits."""
     batch, tokens, width = h.shape
     dtype = _WIRE.get(h.dtype)
     if dtype is None:
-        raise ComputeFailed(f"hidden states of type {h.dtype} cannot be sent: convert the model to bf16")
+        raise InternalError(f"hidden states of type {h.dtype} cannot be sent: convert the model to bf16")
     bits = h.view(mx.uint16) if dtype is Dtype.BF16 else h
     # `Any`: mx.array exports a buffer, which its stub does not say.
     exported: Any = mx.contiguous(bits)
@@ -53,10 +46,10 @@ def to_hidden(h: mx.array) -> Hidden:
 
 
 def from_hidden(hidden: Hidden) -> mx.array:
-    """The array those bytes are; raises ComputeFailed when they are not one."""
+    """The array those bytes are; raises InternalError when they are not one."""
     batch, tokens, width = hidden.shape
     if hidden.dtype not in _NUMPY or len(hidden.data) != batch * tokens * width * ITEM_BYTES[hidden.dtype]:
-        raise ComputeFailed(
+        raise InternalError(
             f"{len(hidden.data)} bytes of {hidden.dtype.name} do not make a hidden state of shape {hidden.shape}"
         )
     flat = mx.array(np.frombuffer(hidden.data, dtype=_NUMPY[hidden.dtype]).reshape(hidden.shape))
@@ -75,19 +68,20 @@ class _Sampler:
     def __init__(self, ask: Open, tokenizer: mlx_lm_adapter.Tokenizer) -> None:
         self.ask = ask
         self.index = ask.first_index
-        self.stop = tokenizer.eos_token_ids | frozenset(ask.stop_token_ids)
+        self.stop = tokenizer.eos_token_ids
         self.sampler = mlx_lm_adapter.make_sampler(ask.temperature, ask.top_p)
         self.detokenizer = tokenizer.detokenizer()
         for token in ask.generated:
             self.detokenizer.add(token)  # said already, by an earlier epoch
 
-    def take(self, token: int) -> Sampled:
+    def take(self, token: int) -> TokenEvent:
         reason = prefill.finish_reason(token, self.index, self.ask.max_tokens, self.stop)
         text = "" if reason == "stop" else self.detokenizer.add(token)
         if reason is not None:
             text += self.detokenizer.finish()
+        event = TokenEvent(request=self.ask.request, index=self.index, token=token, text=text, finish_reason=reason)
         self.index += 1
-        return Sampled(self.index - 1, token, text, reason)
+        return event
 
 
 class _SessionState(msgspec.Struct):
@@ -141,39 +135,37 @@ class Engine:
             model_type=model_type,
         )
 
-    def plan(self, ask: StartRequest) -> tuple[prefill.PrefillPlan, frozenset[int]]:
-        """Rank 0: tokenise and admit. Also the ids that end an answer. Raises RequestError."""
+    def plan(self, ask: Generate) -> prefill.PrefillPlan:
+        """Rank 0: tokenise and admit. Raises BadInput, PromptTooLong."""
         shard, tokenizer = self._ready()
-        stop = tokenizer.eos_token_ids | frozenset(ask.stop_token_ids)
-        plan = prefill.admit(
+        return prefill.admit(
             ask,
-            tokenizer.encode(ask.prompt),
+            tokenizer.encode(ask),
             context_tokens=self.context_tokens,
             vocabulary=shard.vocabulary,
-            stop_token_ids=stop,
+            stop_token_ids=tokenizer.eos_token_ids,
         )
-        return plan, stop
 
     def open(self, session: bytes, ask: Open) -> None:
         """Begin a request with empty caches."""
         if self._shard is None:
-            raise ComputeFailed("the stage has not loaded its model yet")
+            raise InternalError("the stage has not loaded its model yet")
         answer = _Sampler(ask, self._ready()[1]) if self._shard.is_last else None
         self._sessions[session] = _SessionState(self._shard.make_caches(), answer)
 
-    def run(self, session: bytes, given: Sequence[int] | Hidden, sample: bool) -> Hidden | Sampled | None:
+    def run(self, session: bytes, given: Sequence[int] | Hidden, sample: bool) -> Hidden | TokenEvent | None:
         """One pass. On the last rank: the token, or None for a chunk of the prompt. Elsewhere the hidden state."""
         shard, state = self._shard, self._sessions.get(session)
         if shard is None or state is None:
-            raise ComputeFailed("the request's caches have been freed")
+            raise InternalError("the request's caches have been freed")
         if isinstance(given, Hidden) == shard.is_first:
-            raise ComputeFailed("tokens go to rank 0 and hidden states to the others")
+            raise InternalError("tokens go to rank 0 and hidden states to the others")
         if not isinstance(given, Hidden) and not all(0 <= token < shard.vocabulary for token in given):
-            raise ComputeFailed("a token id is outside the vocabulary: the stages have different models")
+            raise InternalError("a token id is outside the vocabulary: the stages have different models")
         h = from_hidden(given) if isinstance(given, Hidden) else shard.embed(given)
         h = shard.forward(h, state.caches)
         states = [layer_cache.state for layer_cache in state.caches]
-        result: Hidden | Sampled | None = None
+        result: Hidden | TokenEvent | None = None
         if state.answer is None:
             mx.eval(h, states)
             result = to_hidden(h)
@@ -195,7 +187,7 @@ class Engine:
         """Sessions, active bytes and peak bytes."""
         return len(self._sessions), mx.get_active_memory(), mx.get_peak_memory()
 
-    def _sample(self, shard: LoadedShard, answer: _Sampler, h: mx.array) -> Sampled:
+    def _sample(self, shard: LoadedShard, answer: _Sampler, h: mx.array) -> TokenEvent:
         if answer.ask.temperature > 0:
             # mlx-lm samples from the global state; requests interleave, so it is set for each token.
             mx.random.seed(step_seed(answer.ask.seed, answer.index))
@@ -204,7 +196,7 @@ class Engine:
 
     def _ready(self) -> tuple[LoadedShard, mlx_lm_adapter.Tokenizer]:
         if self._shard is None or self._tokenizer is None:
-            raise ComputeFailed("the stage has not loaded its model, or has no tokenizer")
+            raise InternalError("the stage has not loaded its model, or has no tokenizer")
         return self._shard, self._tokenizer
 
 

@@ -14,8 +14,8 @@ from mlx_lm import utils as _untyped_utils
 from mlx_lm.models import base as _untyped_base
 from mlx_lm.models import cache as _untyped_cache
 
-from shoal_inference.stage.errors import InvalidRequest
-from shoal_inference.stage.ipc.messages import PromptMessage
+from shoal_common.errors import BadInput
+from shoal_common.messages.generation import ChatMessage, Generate
 
 # mlx-lm has py.typed and no annotations worth the name; as Any its calls are not checked against guesses.
 utils: Any = _untyped_utils
@@ -119,23 +119,17 @@ class Tokenizer:
         """A fresh one, for one answer."""
         return Detokenizer(self._inner.detokenizer)
 
-    def encode(self, prompt: str | Sequence[PromptMessage | int]) -> tuple[int, ...]:
+    def encode(self, ask: Generate) -> tuple[int, ...]:
         """Token ids of a prompt; raises BadInput."""
-        if isinstance(prompt, str):
-            bos: str | None = self._inner.bos_token
-            special = bos is None or not prompt.startswith(bos)
-            return tuple(self._inner.encode(prompt, add_special_tokens=special))
-        ids = tuple(item for item in prompt if isinstance(item, int))
-        chat = [item for item in prompt if isinstance(item, PromptMessage)]
-        if ids and chat:
-            raise InvalidRequest("the prompt mixes token ids and messages: send one kind")
-        return self._chat(chat) if chat else ids
+        if ask.prompt_tokens or not ask.messages:
+            return tuple(ask.prompt_tokens)
+        return self._chat(ask.messages)
 
-    def _chat(self, chat: Sequence[PromptMessage]) -> tuple[int, ...]:
+    def _chat(self, chat: Sequence[ChatMessage]) -> tuple[int, ...]:
         if not self._inner.has_chat_template:
-            raise InvalidRequest("the model has no chat template: send text or token ids, or use an instruct model")
+            raise BadInput("the model has no chat template: send token ids, or use an instruct model")
         turns = [{"role": message.role, "content": message.content} for message in chat]
         try:
             return tuple(self._inner.apply_chat_template(turns, add_generation_prompt=True))
         except (TemplateError, ValueError, TypeError, KeyError) as error:
-            raise InvalidRequest(f"the model's chat template rejects the messages: {error}") from error
+            raise BadInput(f"the model's chat template rejects the messages: {error}") from error

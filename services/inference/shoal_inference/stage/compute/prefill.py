@@ -6,8 +6,8 @@ from collections.abc import Collection, Iterator, Sequence
 
 import msgspec
 
-from shoal_inference.stage.errors import ContextExceeded, InvalidRequest
-from shoal_inference.stage.ipc.messages import FinishReason, StartRequest
+from shoal_common.errors import BadInput, PromptTooLong
+from shoal_common.messages.generation import FinishReason, Generate
 
 
 class PrefillPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,7 +32,7 @@ class Step(msgspec.Struct, frozen=True):
 
 
 def admit(
-    ask: StartRequest,
+    ask: Generate,
     prompt: Sequence[int],
     *,
     context_tokens: int,
@@ -41,29 +41,29 @@ def admit(
 ) -> PrefillPlan:
     """The plan for a tokenised request, or BadInput or PromptTooLong before anything is computed."""
     if not prompt:
-        raise InvalidRequest("the prompt is empty: send at least one token")
+        raise BadInput("the prompt is empty: send at least one token")
     # An id outside the embedding is not an error to MLX: it reads whatever lies there.
-    strange = next((t for t in (*prompt, *ask.generated) if not 0 <= t < vocabulary), None)
+    strange = next((t for t in (*prompt, *ask.generated_tokens) if not 0 <= t < vocabulary), None)
     if strange is not None:
-        raise InvalidRequest(f"token id {strange} is not in the model's vocabulary of {vocabulary}")
+        raise BadInput(f"token id {strange} is not in the model's vocabulary of {vocabulary}")
     if ask.max_tokens < 1:
-        raise InvalidRequest(f"max_tokens is {ask.max_tokens}; give at least 1")
+        raise BadInput(f"max_tokens is {ask.max_tokens}; give at least 1")
     if not ask.temperature >= 0 or not 0 < ask.top_p <= 1:
-        raise InvalidRequest(
+        raise BadInput(
             f"temperature {ask.temperature} or top_p {ask.top_p} is out of range: temperature >= 0, 0 < top_p <= 1"
         )
     if len(prompt) >= context_tokens:
-        raise ContextExceeded(
+        raise PromptTooLong(
             f"the prompt has {len(prompt)} tokens and the context only {context_tokens}: shorten the prompt, "
             "or run the model with more context"
         )
     max_tokens = min(ask.max_tokens, context_tokens - len(prompt))
     return PrefillPlan(
-        feed=(*prompt, *ask.generated),
+        feed=(*prompt, *ask.generated_tokens),
         prompt_tokens=len(prompt),
         max_tokens=max_tokens,
-        first_index=len(ask.generated),
-        ended=_ended(ask.generated, max_tokens, stop_token_ids),
+        first_index=len(ask.generated_tokens),
+        ended=_ended(ask.generated_tokens, max_tokens, stop_token_ids),
     )
 
 

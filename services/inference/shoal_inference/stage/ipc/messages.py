@@ -1,32 +1,22 @@
 """What parent and child say to each other: tagged structs, one JSON object a line, over the inherited socketpair.
 
 Order: `Start` first, once; then anything. The child answers `Listening`, `Loaded`, and, with more than one stage,
-`Linked` once both its neighbours are connected. Each request ends with exactly one of `Token` with a
-`finish_reason` and `Failed` *per stage that sees the end*: several stages may say `Failed` for one request (the
+`Linked` once both its neighbours are connected. A request and its answer are the structs of the protocol
+(`shoal_common.messages.generation`), which the parent passes on. Each request ends with exactly one event with a
+`finish_reason` or an `error` *per stage that sees the end*: several stages may send an error for one request (the
 first to reach the client counts), and none says anything after its own.
-
-Changes: 1 the first version. Fields are only added, with defaults; unknown ones are ignored.
 """
 
 from __future__ import annotations
 
-from typing import Literal
-
 import msgspec
 
+from shoal_common.errors import ErrorBody
+from shoal_common.messages.generation import Accepted, Generate, TokenEvent
 from shoal_common.models.kv_cache import MAX_REQUESTS_PER_INSTANCE
 
 MAX_LINE_BYTES = 16 * 1024 * 1024
 """Longest line either side accepts: a prompt of a million token ids fits."""
-
-FinishReason = Literal["stop", "length", "cancelled"]
-
-
-class PromptMessage(msgspec.Struct, frozen=True, kw_only=True):
-    """One message of a chat; `role` and `content` go to the model's own template as they are."""
-
-    role: str
-    content: str
 
 
 class _IpcMessage(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag=str.lower):
@@ -83,22 +73,10 @@ class SetSuccessor(_IpcMessage, frozen=True, kw_only=True):
 
 
 class StartRequest(_IpcMessage, frozen=True, kw_only=True):
-    """Answer a prompt; rank 0 only. A request that is in flight already is not started twice.
+    """Answer a prompt; rank 0 only. A request that is in flight already is not started twice."""
 
-    `max_tokens` counts the whole answer, `generated` included: those are fed after the prompt and not said again.
-    """
-
-    request: str
-    reply: str = ""
-    prompt: str | tuple[PromptMessage | int, ...]
-    """Text as it is, or token ids, or a chat for the model's template."""
-    max_tokens: int
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int | None = None
-    generated: tuple[int, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    """Besides the model's own end-of-text ids."""
+    generate: Generate
+    """`max_tokens` counts the whole answer, `generated_tokens` included: those are not said again."""
 
 
 class Cancel(_IpcMessage, frozen=True, kw_only=True):
@@ -148,39 +126,23 @@ class Unlinked(_IpcMessage, frozen=True, kw_only=True):
 
 
 class RequestAccepted(_IpcMessage, frozen=True, kw_only=True):
-    """Rank 0 has tokenised the prompt and starts prefill. `max_tokens` is what fits the context."""
+    """Rank 0 has tokenised the prompt and starts prefill."""
 
-    request: str
-    prompt_tokens: int
-    max_tokens: int
+    accepted: Accepted
 
 
-class Token(_IpcMessage, frozen=True, kw_only=True):
-    """One token, from the last rank. `index` counts from 0 over the whole answer, without gaps.
+class RequestEvent(_IpcMessage, frozen=True, kw_only=True):
+    """A token, from the last rank; an error, from any; or, from rank 0, that a request waits for room in the cache.
 
-    With `finish_reason` "stop" `token` is the end-of-text id and `text` what was held back; with "cancelled", and
-    when `generated` was complete already, `token` is None: nothing was sampled.
+    Indices of tokens have no gaps. With `finish_reason` "stop" `token` is the end-of-text id and `text` what was held
+    back.
     """
 
-    request: str
-    reply: str
-    index: int
-    token: int | None
-    text: str
-    finish_reason: FinishReason | None = None
-
-
-class RequestFailed(_IpcMessage, frozen=True, kw_only=True):
-    """A request ended without an answer. See `errors` for the codes."""
-
-    request: str
-    reply: str
-    code: str
-    message: str
+    event: TokenEvent
 
 
 class StageStats(_IpcMessage, frozen=True, kw_only=True):
-    """The answer to `Probe`: `requests` known to the stage, `sessions` whose caches MLX holds."""
+    """The answer to `GetStats`: `requests` known to the stage, `sessions` whose caches MLX holds."""
 
     requests: int
     sessions: int
@@ -191,12 +153,6 @@ class StageStats(_IpcMessage, frozen=True, kw_only=True):
     refused_connections: int
     displaced: int = 0
     """Times that a request gave its room in the cache to an older one, and began again; rank 0 only."""
-
-
-class Waiting(_IpcMessage, frozen=True, kw_only=True):
-    """An accepted request waits for room in the cache, and is not forgotten; rank 0 says it now and then."""
-
-    request: str
 
 
 class PassTiming(_IpcMessage, frozen=True, kw_only=True):
@@ -210,24 +166,11 @@ class PassTiming(_IpcMessage, frozen=True, kw_only=True):
 class Fatal(_IpcMessage, frozen=True, kw_only=True):
     """The child cannot go on and exits with status 1."""
 
-    code: str
-    message: str
+    error: ErrorBody
 
 
 ToChild = Start | SetSuccessor | StartRequest | Cancel | GetStats | Stop
-FromChild = (
-    Listening
-    | Loaded
-    | Linked
-    | Unlinked
-    | RequestAccepted
-    | Token
-    | RequestFailed
-    | StageStats
-    | Waiting
-    | PassTiming
-    | Fatal
-)
+FromChild = Listening | Loaded | Linked | Unlinked | RequestAccepted | RequestEvent | StageStats | PassTiming | Fatal
 
 _encoder = msgspec.json.Encoder()
 _to_child: msgspec.json.Decoder[ToChild] = msgspec.json.Decoder(ToChild)

@@ -6,9 +6,9 @@ import asyncio
 
 import msgspec
 
+from shoal_common.errors import Busy, Expired, InternalError, ShoalError
 from shoal_common.logs import StructuredLogger
 from shoal_inference.stage.compute.engine import Hidden
-from shoal_inference.stage.errors import ComputeFailed, RequestError, StageBusy, StageTimeout
 from shoal_inference.stage.requests.pipeline import StagePipeline
 from shoal_inference.stage.requests.request_table import RequestState
 from shoal_inference.stage.ring.frames import End, Flag, Frame, Kind, Open
@@ -37,7 +37,7 @@ class FollowerDriver:
         else:
             try:
                 await self._hidden(frame, entry)
-            except RequestError as error:
+            except ShoalError as error:
                 core.fail_request(entry, error)
 
     async def sweep(self) -> None:
@@ -51,7 +51,7 @@ class FollowerDriver:
             for entry in core.requests:
                 if loop.time() - entry.touched_s > limit_s:
                     what = f"rank {core.start.rank} received no frame of request {entry.request} for {limit_s} s"
-                    core.fail_request(entry, StageTimeout(f"{what}; its caches are freed"))
+                    core.fail_request(entry, Expired(f"{what}; its caches are freed"))
 
     async def _open(self, frame: Frame) -> None:
         core, key = self._core, frame.header.request
@@ -60,17 +60,17 @@ class FollowerDriver:
         except msgspec.MsgspecError as error:
             log.warning("undecodable OPEN frame dropped", reason=str(error))
             return
-        entry = RequestState(key, ask.request, ask.reply, asyncio.get_running_loop().time())
+        entry = RequestState(key, ask.request, asyncio.get_running_loop().time())
         entry.next_index = ask.first_index
         full = len(core.requests) >= core.start.max_requests
         core.requests.add(entry)
         try:
             if full:
-                raise StageBusy(
+                raise Busy(
                     f"rank {core.start.rank} has {core.start.max_requests} requests in flight, the most it allows"
                 )
             await core.on_thread(core.engine.open, key, ask)
-        except RequestError as error:
+        except ShoalError as error:
             core.fail_request(entry, error)
             return
         if not core.is_last and core.requests.get(key) is entry:
@@ -79,7 +79,7 @@ class FollowerDriver:
     async def _hidden(self, frame: Frame, entry: RequestState) -> None:
         core, header = self._core, frame.header
         if header.kind is not Kind.HIDDEN or header.seq != entry.next_seq + 1:
-            raise ComputeFailed(
+            raise InternalError(
                 f"{header.kind.name} {header.seq} reached rank {core.start.rank} "
                 f"when pass {entry.next_seq + 1} was due"
             )

@@ -9,19 +9,15 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from shoal_common.errors import ErrorBody, InternalError, ShoalError, StageLost
 from shoal_common.logs import StructuredLogger
-from shoal_inference.stage.compute.engine import Engine, Hidden, MlxThread, P, R, Sampled
-from shoal_inference.stage.errors import (
-    ComputeFailed,
-    ComputeStuck,
-    LinkError,
-    RequestError,
-    RingBroken,
-)
+from shoal_common.messages.generation import TokenEvent
+from shoal_inference.stage.compute.engine import Engine, Hidden, MlxThread, P, R
+from shoal_inference.stage.errors import ComputeStuck, LinkError
 from shoal_inference.stage.ipc.messages import FromChild, Linked, Start, Unlinked
 from shoal_inference.stage.requests.pass_timing import Passes
 from shoal_inference.stage.requests.request_table import PassResult, RequestState, RequestTable
-from shoal_inference.stage.ring.frames import Dtype, End, Fail, Flag, Frame, Kind, Open, make_frame, ring_tag
+from shoal_inference.stage.ring.frames import Dtype, End, Flag, Frame, Kind, Open, make_frame, ring_tag
 from shoal_inference.stage.ring.ring import Predecessor, Successor
 
 T = TypeVar("T")
@@ -77,16 +73,16 @@ class StagePipeline:
         return self.successor.is_up and self.predecessor.is_up
 
     async def on_thread(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Run on the MLX thread once loaded; anything it raises that is not ours becomes ComputeFailed."""
+        """Run on the MLX thread once loaded; anything it raises that is not ours becomes InternalError."""
         await self.loaded.wait()
         future = self.thread.executor.submit(function, *args, **kwargs)
         try:
             return await asyncio.wrap_future(future)
-        except (RequestError, asyncio.CancelledError):
+        except (ShoalError, asyncio.CancelledError):
             raise
         except Exception as error:  # a request is owed its end, whatever MLX raised
             log.error("computing failed", exc=error)
-            raise ComputeFailed(
+            raise InternalError(
                 f"rank {self.start.rank} could not compute: {type(error).__name__}: {error}"
             ) from error
 
@@ -118,7 +114,7 @@ class StagePipeline:
 
     def _computed(
         self, session: bytes, given: Sequence[int] | Hidden, sample: bool
-    ) -> tuple[Hidden | Sampled | None, float]:
+    ) -> tuple[Hidden | TokenEvent | None, float]:
         """A pass, and the seconds it took once it had its turn."""
         begun_s = perf_counter()
         result = self.engine.run(session, given, sample)
@@ -148,15 +144,16 @@ class StagePipeline:
         except LinkError as error:
             raise self.stage_lost((self.start.rank + 1) % self.start.stages, error) from error
 
-    def _answer(self, entry: RequestState, seq: int, sampled: Sampled | None) -> None:
+    def _answer(self, entry: RequestState, seq: int, event: TokenEvent | None) -> None:
         """Last rank: the token to the parent, and word of it to rank 0."""
-        finished = sampled is not None and sampled.finish_reason is not None
-        if sampled is not None:
-            self.requests.say(entry, sampled)
+        token = None if event is None else event.token
+        finished = event is not None and event.finish_reason is not None
+        if event is not None:
+            self.requests.say(entry, event)
         if self.successor is None:
-            entry.answers.put_nowait(PassResult(seq, None if sampled is None else sampled.token, finished))
+            entry.answers.put_nowait(PassResult(seq, token, finished))
             return
-        if sampled is None:
+        if token is None:
             frame = make_frame(Kind.TOKEN, self.ring, entry.key, seq=seq)
         else:
             frame = make_frame(
@@ -167,7 +164,7 @@ class StagePipeline:
                 flags=Flag.FINISHED if finished else Flag.NONE,
                 dtype=Dtype.I32,
                 shape=(1, 1, 1),
-                payload=sampled.token.to_bytes(4, "little"),
+                payload=token.to_bytes(4, "little"),
             )
         self.send_control(frame)
         if finished:
@@ -185,14 +182,11 @@ class StagePipeline:
         except LinkError as error:
             log.debug("frame not sent", kind=frame.header.kind.name, reason=error.message)
 
-    def fail_request(self, entry: RequestState, error: RequestError) -> None:
+    def fail_request(self, entry: RequestState, error: ShoalError) -> None:
         """End a request here with an error, and let the other stages free what they hold for it."""
         if self.requests.get(entry.key) is not entry:
             return
-        if self.start.rank == 0:
-            meta: End | Fail = End(reason=error.code)
-        else:
-            meta = Fail(code=error.code, message=error.message)
+        meta: End | ErrorBody = End(reason=error.code) if self.start.rank == 0 else error.body()
         known_onward = entry.opened or self.start.rank > 0
         self.requests.fail(entry, error)
         if known_onward:
@@ -220,8 +214,8 @@ class StagePipeline:
             self._linked = False
             self.emit(Unlinked(reason=error.message, rank=rank))
 
-    def stage_lost(self, rank: int, error: LinkError) -> RingBroken:
-        return RingBroken(
+    def stage_lost(self, rank: int, error: LinkError) -> StageLost:
+        return StageLost(
             f"rank {self.start.rank} of instance {self.start.instance} lost rank {rank} ({error.message}): "
             "ask again in a moment"
         )

@@ -9,14 +9,16 @@ from collections.abc import Sequence
 import msgspec
 from msgspec import structs
 
+from shoal_common.errors import Busy, ErrorBody, Expired, InternalError, ShoalError, StageLost, from_body
 from shoal_common.logs import StructuredLogger
+from shoal_common.messages.generation import Accepted, Generate, TokenEvent
 from shoal_inference.stage.compute import prefill
-from shoal_inference.stage.errors import ComputeFailed, LinkError, RequestError, RingBroken, StageBusy, StageTimeout
-from shoal_inference.stage.ipc.messages import RequestAccepted, RequestFailed, StartRequest, Token, Waiting
+from shoal_inference.stage.errors import LinkError
+from shoal_inference.stage.ipc.messages import RequestAccepted, RequestEvent
 from shoal_inference.stage.requests.kv_budget import KvBudget, Preempted
 from shoal_inference.stage.requests.pipeline import StagePipeline
 from shoal_inference.stage.requests.request_table import PassResult, RequestState
-from shoal_inference.stage.ring.frames import End, Fail, Flag, Frame, Kind, Open, make_frame
+from shoal_inference.stage.ring.frames import End, Flag, Frame, Kind, Open, make_frame
 
 SLOT_GRACE_S = 0.25
 """How long a request beyond the limit waits for one to end before it is told `busy`."""
@@ -39,24 +41,24 @@ class Rank0Driver:
         self._room: KvBudget | None = None
         """None until the model is loaded, which may say how long a context is."""
 
-    def generate(self, ask: StartRequest) -> None:
+    def generate(self, ask: Generate) -> None:
         """Begin a request, or say at once why not. One that is in flight is left to end."""
         core = self._core
         if core.requests.named(ask.request) is not None:
             log.info("duplicate request ignored", request=ask.request)
             return
-        error: RequestError | None = None
+        error: ShoalError | None = None
         if len(core.requests) >= 2 * core.start.max_requests:
             error = self._busy()
         elif not core.can_serve:
-            error = RingBroken(
+            error = StageLost(
                 f"rank 0 of instance {core.start.instance} is not connected to its neighbours: ask again in a moment"
             )
         if error is not None:
-            core.emit(RequestFailed(request=ask.request, reply=ask.reply, code=error.code, message=error.message))
+            core.emit(RequestEvent(event=TokenEvent(request=ask.request, error=error.body())))
             return
-        entry = RequestState(secrets.token_bytes(16), ask.request, ask.reply, asyncio.get_running_loop().time())
-        entry.next_index = len(ask.generated)
+        entry = RequestState(secrets.token_bytes(16), ask.request, asyncio.get_running_loop().time())
+        entry.next_index = len(ask.generated_tokens)
         core.requests.add(entry)
         entry.driver = self._group.create_task(self._run_request(entry, ask), name=f"request {ask.request}")
 
@@ -88,24 +90,25 @@ class Rank0Driver:
             try:
                 entry.answers.put_nowait(answer)
             except asyncio.QueueFull:
-                self._core.fail_request(entry, ComputeFailed("more results came back than passes were started"))
+                self._core.fail_request(entry, InternalError("more results came back than passes were started"))
         else:
-            self._core.fail_request(entry, ComputeFailed(f"{header.kind.name} came back to rank 0"))
+            self._core.fail_request(entry, InternalError(f"{header.kind.name} came back to rank 0"))
 
-    async def _run_request(self, entry: RequestState, ask: StartRequest) -> None:
+    async def _run_request(self, entry: RequestState, ask: Generate) -> None:
         try:
             await self._take_slot()
             try:
-                plan, stop = await self._core.on_thread(self._core.engine.plan, ask)
-                self._core.emit(
-                    RequestAccepted(request=ask.request, prompt_tokens=plan.prompt_tokens, max_tokens=plan.max_tokens)
-                )
+                plan = await self._core.on_thread(self._core.engine.plan, ask)
+                accepted = Accepted(request=ask.request, prompt_tokens=plan.prompt_tokens)
+                self._core.emit(RequestAccepted(accepted=accepted))
                 if plan.ended is not None:
-                    self._core.emit(_complete(ask, plan))
+                    # An earlier epoch had finished the answer but for saying so.
+                    event = TokenEvent(request=ask.request, index=plan.first_index, finish_reason=plan.ended)
+                    self._core.emit(RequestEvent(event=event))
                     self._core.requests.end(entry)
                     return
                 seed = secrets.randbits(63) if ask.seed is None else ask.seed
-                opening = _opening(ask, plan, stop, seed)
+                opening = _opening(ask, plan, seed)
                 while True:
                     try:
                         await self._answer(entry, plan, opening)
@@ -115,7 +118,7 @@ class Rank0Driver:
                         entry = self._restart_after_preemption(entry, plan)
             finally:
                 self._slots.release()
-        except RequestError as error:
+        except ShoalError as error:
             self._core.fail_request(entry, error)
 
     async def _take_slot(self) -> None:
@@ -126,8 +129,8 @@ class Rank0Driver:
         except TimeoutError as error:
             raise self._busy() from error
 
-    def _busy(self) -> StageBusy:
-        return StageBusy(
+    def _busy(self) -> Busy:
+        return Busy(
             f"{self._core.start.max_requests} requests are in flight, the most this instance allows: ask again later"
         )
 
@@ -168,7 +171,7 @@ class Rank0Driver:
             async with asyncio.timeout(ROOM_S):
                 await room.acquire(entry.key, len(plan.feed), again=entry.again)
         except TimeoutError as error:
-            raise StageBusy(
+            raise Busy(
                 f"instance {self._core.start.instance} had no free cache for {len(plan.feed)} tokens "
                 f"in {ROOM_S:g} s, because other requests use it: ask again later, or place it for more answers"
             ) from error
@@ -178,13 +181,13 @@ class Rank0Driver:
     async def _say_waiting(self, request: str) -> None:
         while True:
             await asyncio.sleep(WAITING_S)
-            self._core.emit(Waiting(request=request))
+            self._core.emit(RequestEvent(event=TokenEvent(request=request, index=-1)))
 
     def _restart_after_preemption(self, entry: RequestState, plan: prefill.PrefillPlan) -> RequestState:
         """A fresh attempt in the place of one that was displaced, which is ended in every stage."""
         core = self._core
         log.info("request preempted", request=entry.request, tokens=plan.first_index)
-        fresh = RequestState(secrets.token_bytes(16), entry.request, entry.reply, asyncio.get_running_loop().time())
+        fresh = RequestState(secrets.token_bytes(16), entry.request, asyncio.get_running_loop().time())
         fresh.next_index, fresh.again = plan.first_index, True
         fresh.driver, entry.driver = entry.driver, None
         core.requests.displaced += 1
@@ -221,12 +224,12 @@ class Rank0Driver:
             waited = f"pass {answered + 1} of {entry.next_seq} did not come back from ranks 1 to "
             raise self._silent(entry, f"{waited}{self._core.start.stages - 1}") from error
         if answer.seq != answered + 1:
-            raise ComputeFailed(f"pass {answer.seq} came back when {answered + 1} was due")
+            raise InternalError(f"pass {answer.seq} came back when {answered + 1} was due")
         return answer
 
-    def _silent(self, entry: RequestState, what: str) -> StageTimeout:
+    def _silent(self, entry: RequestState, what: str) -> Expired:
         start = self._core.start
-        return StageTimeout(
+        return Expired(
             f"request {entry.request} of instance {start.instance}: {what} within {start.step_timeout_s} s; "
             "a stage is stuck or too slow"
         )
@@ -236,17 +239,15 @@ class Rank0Driver:
         core.send_control(make_frame(Kind.END, core.ring, entry.key, meta=msgspec.json.encode(End(reason=reason))))
 
 
-def _opening(ask: StartRequest, plan: prefill.PrefillPlan, stop: frozenset[int], seed: int) -> Open:
+def _opening(ask: Generate, plan: prefill.PrefillPlan, seed: int) -> Open:
     return Open(
         request=ask.request,
-        reply=ask.reply,
         first_index=plan.first_index,
         max_tokens=plan.max_tokens,
         temperature=ask.temperature,
         top_p=ask.top_p,
         seed=seed,
-        stop_token_ids=tuple(stop),
-        generated=ask.generated,
+        generated=tuple(ask.generated_tokens),
     )
 
 
@@ -259,24 +260,8 @@ def _continued(plan: prefill.PrefillPlan, opening: Open, said: Sequence[int]) ->
     )
 
 
-def _complete(ask: StartRequest, plan: prefill.PrefillPlan) -> Token:
-    """The last word of an answer that an earlier epoch had finished but for saying so."""
-    return Token(
-        request=ask.request,
-        reply=ask.reply,
-        index=plan.first_index,
-        token=None,
-        text="",
-        finish_reason=plan.ended,
-    )
-
-
-_BY_CODE = {kind.code: kind for kind in RequestError.__subclasses__()}
-
-
-def _failure(frame: Frame) -> RequestError:
+def _failure(frame: Frame) -> ShoalError:
     try:
-        fail = msgspec.json.decode(frame.meta, type=Fail)
+        return from_body(msgspec.json.decode(frame.meta, type=ErrorBody))
     except msgspec.MsgspecError as error:
-        return ComputeFailed(f"a stage ended the request with an undecodable reason: {error}")
-    return _BY_CODE.get(fail.code, ComputeFailed)(fail.message)
+        return InternalError(f"a stage ended the request with an undecodable reason: {error}")

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 
 import msgspec
 
-from shoal_inference.stage.compute.engine import Engine, MlxThread, Sampled
-from shoal_inference.stage.errors import RequestError
-from shoal_inference.stage.ipc.messages import FromChild, RequestFailed, Token
+from shoal_common.errors import ShoalError
+from shoal_common.messages.generation import TokenEvent
+from shoal_inference.stage.compute.engine import Engine, MlxThread
+from shoal_inference.stage.ipc.messages import FromChild, RequestEvent
 
 UNKNOWN_REMEMBERED = 256
 """Requests whose late frames have been logged; the count goes on without the log."""
@@ -26,10 +27,9 @@ class PassResult(msgspec.Struct, frozen=True):
 class RequestState:
     """One attempt at a request. `key` is drawn afresh for each, so frames of an earlier one never match."""
 
-    def __init__(self, key: bytes, request: str, reply: str, now_s: float) -> None:
+    def __init__(self, key: bytes, request: str, now_s: float) -> None:
         self.key = key
         self.request = request
-        self.reply = reply
         self.next_seq = 0
         """Passes begun here; OPEN is 0, so the first pass is 1."""
         self.next_index = 0
@@ -92,40 +92,21 @@ class RequestTable:
         if entry.driver is not None and entry.driver is not asyncio.current_task():
             entry.driver.cancel()
 
-    def fail(self, entry: RequestState, error: RequestError) -> None:
-        """Say `Failed`, once, and end it."""
+    def fail(self, entry: RequestState, error: ShoalError) -> None:
+        """Say the error, once, and end it."""
         if entry.key in self._by_key:
-            self._emit(
-                RequestFailed(request=entry.request, reply=entry.reply, code=error.code, message=error.message)
-            )
+            self._emit(RequestEvent(event=TokenEvent(request=entry.request, error=error.body())))
             self.end(entry)
 
-    def say(self, entry: RequestState, sampled: Sampled) -> None:
+    def say(self, entry: RequestState, event: TokenEvent) -> None:
         """Last rank: one token to the parent; the last one ends the request."""
-        entry.next_index = sampled.index + 1
-        self._emit(
-            Token(
-                request=entry.request,
-                reply=entry.reply,
-                index=sampled.index,
-                token=sampled.token,
-                text=sampled.text,
-                finish_reason=sampled.finish_reason,
-            )
-        )
+        entry.next_index = event.index + 1
+        self._emit(RequestEvent(event=event))
 
     def say_cancelled(self, entry: RequestState) -> None:
         """The last word of a cancelled answer, and its end."""
-        self._emit(
-            Token(
-                request=entry.request,
-                reply=entry.reply,
-                index=entry.next_index,
-                token=None,
-                text="",
-                finish_reason="cancelled",
-            )
-        )
+        event = TokenEvent(request=entry.request, index=entry.next_index, finish_reason="cancelled")
+        self._emit(RequestEvent(event=event))
         self.end(entry)
 
     def unknown(self, key: bytes) -> bool:

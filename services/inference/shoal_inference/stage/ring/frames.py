@@ -86,13 +86,11 @@ class Open(msgspec.Struct, frozen=True, kw_only=True):
     """Meta of OPEN: what every stage must know of a request."""
 
     request: str
-    reply: str
     first_index: int
     max_tokens: int
     temperature: float
     top_p: float
     seed: int
-    stop_token_ids: tuple[int, ...]
     generated: tuple[int, ...]
 
 
@@ -100,13 +98,6 @@ class End(msgspec.Struct, frozen=True, kw_only=True):
     """Meta of END. After "cancelled" the last rank still owes the client the last word."""
 
     reason: str
-
-
-class Fail(msgspec.Struct, frozen=True, kw_only=True):
-    """Meta of FAIL: why a stage gave a request up."""
-
-    code: str
-    message: str
 
 
 def ring_tag(instance: str, epoch: int) -> bytes:
