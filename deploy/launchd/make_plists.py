@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 SERVICES = ("storage", "fetcher", "fileserver", "placement", "inference", "gateway")
-STOP_S = 30
-"""launchd's default of 20 s is less than `shoal up` may need: 12 s for the services, 10 s for NATS."""
+STOP_S = 35
+"""launchd's default of 20 s is less than `shoal up` may need: 17 s for the services, 10 s for NATS."""
 
 
 def agent(name: str, arguments: list[str], home: Path, environ: dict[str, str]) -> dict[str, Any]:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 
 import pytest
 
 from shoal_common.bus import cluster_lease
 from shoal_common.bus.cluster_lease import ClusterLease, acquire, hold
+from shoal_common.bus.connection import connected
+from shoal_common.bus.kv_bucket import Buckets
+from shoal_common.concurrency.cancellation import cancel_and_wait
+from tests.harness.delayed_nats_proxy import Held, delayed_nats_proxy
 from tests.harness.nats import NatsServer, joined
 from tests.harness.waiting import eventually
 
@@ -70,6 +75,48 @@ async def test_a_lease_given_back_is_free_at_once(nats: NatsServer, fresh: Fresh
         assert await acquire(here.buckets.lease, key, "node-b", "uid-b") is not None
 
 
+@asynccontextmanager
+async def held_over_a_slow_network(server: NatsServer, key: str) -> AsyncIterator[tuple[Held, asyncio.Task[None]]]:
+    """Yield a task that holds the lease, and the proxy between it and NATS."""
+    async with delayed_nats_proxy(server.url) as network, connected([network.url], "slow") as slow:
+        lease = await acquire(Buckets(slow.js).lease, key, "node-a", "uid-a")
+        assert lease is not None
+        holding = asyncio.Event()
+
+        async def hold_until_cancelled() -> None:
+            async with hold(lease):
+                holding.set()
+                await asyncio.Event().wait()
+
+        holder = asyncio.create_task(hold_until_cancelled())
+        await holding.wait()
+        yield network, holder
+
+
+async def test_a_cancelled_holder_releases_over_a_slow_network(nats: NatsServer, fresh: Fresh) -> None:
+    key = fresh("slow")
+    async with joined(nats) as here, held_over_a_slow_network(nats, key) as (network, holder):
+        network.flows.clear()
+        ending = asyncio.create_task(cancel_and_wait(holder))
+        await eventually(lambda: network.holds(b"$KV.lease"), "the holder asks for its key")
+        await asyncio.sleep(1.0)  # the network's delay, longer than the old rule's second cancellation
+        network.flows.set()
+        await ending
+        assert await acquire(here.buckets.lease, key, "node-b", "uid-b") is not None
+
+
+async def test_a_lease_whose_renewal_is_under_way_is_released(nats: NatsServer, fresh: Fresh) -> None:
+    key = fresh("renewing")
+    async with joined(nats) as here, held_over_a_slow_network(nats, key) as (network, holder):
+        network.flows.clear()
+        await eventually(lambda: network.holds(f"$KV.lease.{key}".encode()), "the lease is being renewed")
+        ending = asyncio.create_task(cancel_and_wait(holder))
+        await asyncio.sleep(0)
+        network.flows.set()
+        await ending
+        assert await acquire(here.buckets.lease, key, "node-b", "uid-b") is not None
+
+
 async def test_a_successor_on_the_node_takes_over_and_fences_the_old(nats: NatsServer, fresh: Fresh) -> None:
     async with joined(nats) as here:
         key = fresh("succeeded")
@@ -102,7 +149,7 @@ async def test_a_holder_cut_off_from_nats_gives_up_in_time(own_nats: NatsServer)
     async with joined(own_nats) as here:
         lease = await acquire(here.buckets.lease, "cut-off", "node-a", "uid-a")
         assert lease is not None
-        renewal = asyncio.create_task(lease.renew_forever())
+        renewal = asyncio.create_task(lease.renew_until_lost())
         own_nats.kill()
         await asyncio.wait_for(lease.wait_lost(), 30)
         assert not lease.is_held

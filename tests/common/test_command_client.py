@@ -14,7 +14,7 @@ import pytest
 
 from shoal_common.bus.keys import done_key, node_key, storage_key
 from shoal_common.bus.subjects import ANY
-from shoal_common.cancellation import cancel_and_wait
+from shoal_common.concurrency.cancellation import cancel_and_wait
 from shoal_common.liveness.liveness import Liveness
 from shoal_common.messages.envelope import Command, Outcome
 from shoal_common.messages.placement import NodeState

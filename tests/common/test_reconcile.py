@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from shoal_common.bus.kv_mirror import KvMirror
 from shoal_common.bus.reconcile import MIN_PASS_INTERVAL_S, RETRY_BACKOFF_S, reconcile_forever, retry_backoff_s
-from shoal_common.cancellation import cancel_and_wait
+from shoal_common.concurrency.cancellation import cancel_and_wait
 from shoal_common.errors import Unavailable
 from tests.harness.waiting import eventually
 

@@ -140,6 +140,24 @@ async def test_a_service_that_does_not_stop_is_stopped_at_its_deadline(home: Hom
         assert "not stopped in time" in toy.output
 
 
+async def test_the_clean_up_of_a_background_task_runs_to_its_end(home: Home) -> None:
+    async with started(TOY, environment=home.environment(TOY="tidy")) as toy:
+        await toy.wait_ready()
+        toy.send(signal.SIGTERM)
+        assert await toy.wait_exit() == 0
+        assert "cleaning up" in toy.output and "cleaned up" in toy.output, toy.output
+
+
+async def test_a_service_names_a_task_that_never_ends_and_exits(home: Home) -> None:
+    deadlines = {"TOY_STOP_DEADLINE_S": "0.3", "TOY_CLEANUP_DEADLINE_S": "0.3"}
+    async with started(TOY, environment=home.environment(TOY="stuck", **deadlines)) as toy:
+        await toy.wait_ready()
+        toy.send(signal.SIGTERM)
+        assert await toy.wait_exit(15) == 1
+        [line] = [line for line in toy.lines if "level=error" in line]
+        assert "tasks did not end" in line and "toy_service.py" in line
+
+
 async def test_a_second_signal_ends_it_at_once(home: Home) -> None:
     async with started(TOY, environment=home.environment(TOY="deaf")) as toy:
         await toy.wait_ready()

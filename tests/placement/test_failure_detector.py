@@ -9,7 +9,7 @@ from pathlib import Path
 
 from shoal_common.bus import subjects
 from shoal_common.bus.keys import liveness_key
-from shoal_common.cancellation import cancel_and_wait
+from shoal_common.concurrency.cancellation import cancel_and_wait
 from shoal_common.liveness.peer_failure import PeerFailureReporter
 from shoal_common.messages.envelope import Empty
 from shoal_common.messages.placement import PlaceCommand

@@ -8,7 +8,7 @@ from typing import Any
 
 from shoal_common.bus.cluster_lease import ClusterLease, acquire
 from shoal_common.bus.keys import leader_key
-from shoal_common.cancellation import cancel_and_wait
+from shoal_common.concurrency.cancellation import cancel_and_wait
 from shoal_placement.leader.fenced_writes import LeaderWrites
 from tests.harness.nats import Joined, NatsServer, joined
 

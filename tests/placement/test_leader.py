@@ -192,6 +192,25 @@ async def test_a_leader_that_stops_hands_over_at_once(own_nats: NatsServer, tmp_
         await c.placed()
 
 
+async def test_a_leader_that_stops_hands_over_a_slow_network(own_nats: NatsServer, tmp_path: Path) -> None:
+    async with (
+        cluster_of(own_nats, tmp_path) as c,
+        delayed_nats_proxy(own_nats.url) as network,
+        c.placement("p-1", SHOAL_NATS=network.url) as first,
+    ):
+        await first.wait_line("msg=leading")
+        async with c.placement("p-2") as second:
+            network.flows.clear()
+            first.send(signal.SIGTERM)
+            await eventually(lambda: network.holds(b"leader.placement"), "the first asks for its lease")
+            await asyncio.sleep(1.0)  # the network's delay
+            stopped_s = asyncio.get_running_loop().time()
+            network.flows.set()
+            await second.wait_line("msg=leading")
+            assert asyncio.get_running_loop().time() - stopped_s < LEASE_TTL_S / 2
+            assert await first.wait_exit() == 0
+
+
 async def test_a_leader_that_was_paused_past_its_lease_leads_no_more(own_nats: NatsServer, tmp_path: Path) -> None:
     async with cluster_of(own_nats, tmp_path) as c, AsyncExitStack() as stack:
         processes = {n: await stack.enter_async_context(c.placement(n)) for n in ("p-1", "p-2")}

@@ -20,12 +20,13 @@ from nats.js.errors import NotFoundError
 
 from shoal_common import VERSION, logs, telemetry
 from shoal_common.bus import cluster_clock
-from shoal_common.bus.connection import Nats, connected
+from shoal_common.bus.connection import DRAIN_TIMEOUT_S, Nats, connected
 from shoal_common.bus.events import EventEmitter
 from shoal_common.bus.kv_bucket import Buckets
 from shoal_common.bus.kv_mirror import KvMirror, follow_forever
 from shoal_common.bus.streams import ensure_streams, kv_created_at
-from shoal_common.cancellation import cancel_and_wait
+from shoal_common.concurrency import cancellation
+from shoal_common.concurrency.cancellation import DetachedTasks, cancel_and_wait, describe
 from shoal_common.config import Config, read_config
 from shoal_common.errors import ShoalError, Unavailable
 from shoal_common.host.interfaces import InterfaceMonitor
@@ -41,6 +42,7 @@ log = StructuredLogger("service")
 
 STOP_DEADLINE_S = 10.0
 _DELETE_KEY_TIMEOUT_S = 2.0
+_DISCONNECT_DEADLINE_S = _DELETE_KEY_TIMEOUT_S + DRAIN_TIMEOUT_S
 _SIGNAL_REPEAT_S = 0.5
 MIRROR_DEADLINE_S = 30.0
 
@@ -62,6 +64,8 @@ class ServiceContext:
         self.events = EventEmitter(nats, config.service, config.node)
         self.rpc = RpcClient(nats)
         self.stopping = asyncio.Event()
+        self.detached = DetachedTasks()
+        """Tasks that complete once begun; the service waits for them when it stops."""
         self.interfaces = InterfaceMonitor()
         self._supervisor = supervisor
 
@@ -116,8 +120,6 @@ class ServiceContext:
         stopped = asyncio.ensure_future(self.stopping.wait())
         try:
             await asyncio.wait({working, stopped}, return_when=asyncio.FIRST_COMPLETED)
-            if working.done():
-                working.result()
         finally:
             await cancel_and_wait(working, stopped)
             if not working.cancelled():
@@ -165,6 +167,7 @@ async def _run(config: Config, environ: Mapping[str, str], run: Callable[[Servic
         stopping.set()
         supervisor.notify("STOPPING=1")
         log.info("stopping")
+        _exit_if_running_in(STOP_DEADLINE_S + cancellation.CLEANUP_DEADLINE_S)
         if not serving:
             main_task.cancel()
 
@@ -193,19 +196,32 @@ async def _run(config: Config, environ: Mapping[str, str], run: Callable[[Servic
                 helpers.append(tasks.create_task(_stop_in_time(running, stopping)))
                 try:
                     await running
+                    await context.detached.wait_ended()
                 finally:
+                    _exit_if_running_in(cancellation.CLEANUP_DEADLINE_S + _DISCONNECT_DEADLINE_S)
                     for task in helpers:
                         task.cancel()
         finally:
             with suppress(Exception):
-                await asyncio.wait_for(liveness.remove_key(), _DELETE_KEY_TIMEOUT_S)
+                async with asyncio.timeout(_DELETE_KEY_TIMEOUT_S):
+                    await liveness.remove_key()
 
 
 async def _stop_in_time(running: asyncio.Future[None], stopping: asyncio.Event) -> None:
     await stopping.wait()
     await asyncio.sleep(STOP_DEADLINE_S)
     log.warning("not stopped in time; cancelling the rest", deadline_s=STOP_DEADLINE_S)
-    await cancel_and_wait(running)
+    running.cancel()
+
+
+def _exit_if_running_in(deadline_s: float) -> None:
+    """End the process if its loop still runs then: a task that does not end must not keep a service half dead."""
+
+    def exit_now() -> None:
+        log.error("tasks did not end; exiting", tasks=describe(*asyncio.all_tasks()))
+        os._exit(1)
+
+    asyncio.get_running_loop().call_later(deadline_s, exit_now)
 
 
 def _first_cause(error: BaseException) -> BaseException:

@@ -15,11 +15,11 @@ from contextlib import suppress
 import msgspec
 import psutil
 
+from shoal_cli.node.node_plan import SERVICE_STOP_S
 from shoal_cli.node_home import Home
 from shoal_common.host.process_identity import host_id, is_dead
 from shoal_common.messages.liveness import ProcessIdentity
 
-_STOP_DEADLINE_S = 12.0
 _KILL_DEADLINE_S = 5.0
 _POLL_INTERVAL_S = 0.02
 
@@ -47,7 +47,7 @@ def kill_orphans(home: Home) -> list[int]:
     for holder in left:
         with suppress(ProcessLookupError, PermissionError):
             os.kill(holder.pid, signal.SIGTERM)
-    for holder in _alive(left, host, _STOP_DEADLINE_S):
+    for holder in _alive(left, host, SERVICE_STOP_S):
         # Each leads a process group: what it started ends with it.
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(holder.pid, signal.SIGKILL)

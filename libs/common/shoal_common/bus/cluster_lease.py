@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+
+from nats.errors import Error as NatsError
 
 from shoal_common.bus.kv_bucket import Bucket
 from shoal_common.bus.streams import LEASE_TTL_S
@@ -21,6 +23,7 @@ log = StructuredLogger("lease")
 
 _RENEWALS_PER_TTL = 4
 _MARGIN_S = 1.0
+_RELEASE_TIMEOUT_S = 4.0
 
 
 class LeaseValue(WireStruct):
@@ -45,18 +48,21 @@ class ClusterLease:
         return not self._lost.is_set() and time.monotonic() < self._until_s
 
     def mark_lost(self) -> None:
-        """Stop acting as the holder, because another process is known to hold the lease."""
+        """Stop acting as the holder, and renewing."""
         self._lost.set()
 
     async def wait_lost(self) -> None:
         """Return once the lease is lost."""
         await self._lost.wait()
 
-    async def renew_forever(self) -> None:
-        """Renew the lease until another process holds it or it runs out unrenewed, then return."""
+    async def renew_until_lost(self) -> None:
+        """Renew the lease until it is released, another process holds it, or it runs out unrenewed."""
         try:
             while True:
-                await asyncio.sleep(LEASE_TTL_S / _RENEWALS_PER_TTL)
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(LEASE_TTL_S / _RENEWALS_PER_TTL):
+                        await self._lost.wait()
+                        return
                 sent_s = time.monotonic()
                 try:
                     async with asyncio.timeout(max(self._until_s - sent_s, 0)):
@@ -97,12 +103,15 @@ async def acquire(bucket: Bucket, key: str, node: str, uid: str) -> ClusterLease
 @asynccontextmanager
 async def hold(lease: ClusterLease) -> AsyncIterator[ClusterLease]:
     """Renew a lease while the body runs, and release it afterwards."""
-    renewal = asyncio.create_task(lease.renew_forever())
+    renewal = asyncio.create_task(lease.renew_until_lost())
     try:
         yield lease
     finally:
-        renewal.cancel()
+        lease.mark_lost()
         try:
-            await asyncio.wait_for(lease.release(), LEASE_TTL_S)
-        except (TimeoutError, Unavailable):
+            async with asyncio.timeout(_RELEASE_TIMEOUT_S):
+                # A renewal on its way is waited for, not cancelled: only the last revision can be released.
+                await renewal
+                await lease.release()
+        except (TimeoutError, Unavailable, NatsError):
             log.warning("lease could not be released; it will expire", key=lease.key)

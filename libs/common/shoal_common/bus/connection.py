@@ -7,10 +7,9 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
 import nats
-from nats.aio.client import Client
 from nats.js import JetStreamContext
 
-from shoal_common.cancellation import patch_wait_for
+from shoal_common.bus.nats_client import NatsClient, patch_wait_for
 from shoal_common.errors import Denied, Unavailable
 from shoal_common.logs import StructuredLogger
 
@@ -45,7 +44,7 @@ class ReconnectCounter:
 class Nats:
     """A process's connection, its JetStream context, and its count of reconnections."""
 
-    def __init__(self, client: Client, reconnects: ReconnectCounter) -> None:
+    def __init__(self, client: NatsClient, reconnects: ReconnectCounter) -> None:
         self.client = client
         self.js: JetStreamContext = client.jetstream(timeout=REQUEST_TIMEOUT_S)
         self.reconnects = reconnects
@@ -81,7 +80,7 @@ async def connected(servers: list[str], name: str, timeout_s: float | None = Non
         log.info("reconnected to NATS")
         reconnects.increment()
 
-    client = Client()
+    client = NatsClient()
     connecting = asyncio.ensure_future(
         client.connect(
             servers=servers,
@@ -117,7 +116,5 @@ async def connected(servers: list[str], name: str, timeout_s: float | None = Non
         connecting.cancel()
         # Draining flushes what was published; a server that is down must not delay stopping.
         with suppress(Exception):
-            if client.is_connected:
-                await asyncio.wait_for(client.drain(), DRAIN_TIMEOUT_S)
-            else:
-                await asyncio.wait_for(client.close(), DRAIN_TIMEOUT_S)
+            async with asyncio.timeout(DRAIN_TIMEOUT_S):
+                await (client.drain() if client.is_connected else client.close())

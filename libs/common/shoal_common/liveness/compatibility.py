@@ -12,7 +12,7 @@ from shoal_common.bus.connection import Nats
 from shoal_common.bus.keys import liveness_key
 from shoal_common.bus.kv_mirror import KvMirror, follow_forever
 from shoal_common.bus.streams import LIVE_TTL_S
-from shoal_common.cancellation import cancel_and_wait
+from shoal_common.concurrency.cancellation import cancel_and_wait
 from shoal_common.errors import BadMessage, OtherVersion
 from shoal_common.host.process_identity import host_id, is_dead
 from shoal_common.logs import StructuredLogger

@@ -27,7 +27,7 @@ from shoal_common.bus.connection import Nats
 from shoal_common.bus.events import EventEmitter
 from shoal_common.bus.kv_bucket import Buckets
 from shoal_common.bus.streams import COMMAND_MAX_AGE_S, retry_while_nats_down
-from shoal_common.cancellation import cancel_and_wait
+from shoal_common.concurrency.cancellation import cancel_and_wait
 from shoal_common.errors import BadInput, BadMessage, Expired, InternalError, ShoalError, Unavailable
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages import decode
@@ -127,11 +127,11 @@ class CommandWorker:
                             job.add_done_callback(self._jobs.discard)
                             has_job = True
                 finally:
-                    fetching.cancel()
+                    await cancel_and_wait(fetching)
                     if not has_job:
                         self._slots.release()
         finally:
-            reconnected.cancel()
+            await cancel_and_wait(reconnected)
             # A cancelled fetch leaves a request on the server that would swallow the next command.
             with suppress(Exception):
                 await queue.unsubscribe()

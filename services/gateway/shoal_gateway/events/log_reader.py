@@ -21,7 +21,7 @@ from nats.js import JetStreamContext, api
 
 from shoal_common.bus import cluster_clock
 from shoal_common.bus.connection import Nats
-from shoal_common.cancellation import cancel_and_wait
+from shoal_common.concurrency.cancellation import cancel_and_wait
 from shoal_common.logs import StructuredLogger
 from shoal_gateway.events.sse import Event, EventQuery, Gap, KeepAlive, LogReset, StreamItem, parse_event
 

@@ -12,7 +12,7 @@ from shoal_common.bus.cluster_lease import ClusterLease, LeaseValue, acquire, ho
 from shoal_common.bus.keys import instance_key, leader_key, node_key
 from shoal_common.bus.kv_mirror import KvMirror
 from shoal_common.bus.streams import LEASE_TTL_S
-from shoal_common.cancellation import cancel_and_wait
+from shoal_common.concurrency.cancellation import cancel_and_wait
 from shoal_common.errors import NotFound, Unavailable
 from shoal_common.liveness.compatibility import CompatibleLiveMirror
 from shoal_common.logs import StructuredLogger
@@ -296,7 +296,7 @@ class PlacementService:
             "drain": CommandHandler(Drain, self._drain, _DRAIN_DEADLINE_S),
         }
         async with asyncio.TaskGroup() as tasks:
-            commands = tasks.create_task(self._context.run_commands(verbs, address="any", until=lost))
+            tasks.create_task(self._context.run_commands(verbs, address="any", until=lost))
             instances = tasks.create_task(self._instances.run(lease, self._writes))
             collector = tasks.create_task(self._node_gc.run(lease, self._writes))
             detector = tasks.create_task(self._failure_detector.run())
@@ -304,7 +304,6 @@ class PlacementService:
             await lease.wait_lost()
             lost.set()
             await cancel_and_wait(instances, collector, detector, membership)
-            await asyncio.wait({commands})
 
 
 def _placed(spec: InstanceSpec) -> PlaceResult:

@@ -1,0 +1,74 @@
+"""The client of nats-py without its two ways to lose a cancellation.
+
+A task that is cancelled while it waits for NATS must end; a task is cancelled only once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Awaitable
+from types import ModuleType, SimpleNamespace
+from typing import Any, TypeVar
+
+import nats.aio.client
+import nats.aio.subscription
+import nats.aio.transport
+import nats.js.client
+import nats.js.kv
+import nats.js.object_store
+from nats.aio.client import Client
+
+from shoal_common.concurrency.cancellation import cancel_and_wait
+
+T = TypeVar("T")
+
+WAITING_MODULES: tuple[ModuleType, ...] = (
+    nats.aio.client,
+    nats.aio.subscription,
+    nats.aio.transport,
+    nats.js.client,
+    nats.js.kv,
+    nats.js.object_store,
+)
+"""The modules of nats-py that call `asyncio.wait_for`."""
+
+
+class NatsClient(Client):
+    """A client whose publishing can be cancelled."""
+
+    async def _flush_pending(self, force_flush: bool = False) -> Any:
+        # nats-py swallows a cancellation that arrives while a full buffer is flushed.
+        task = asyncio.current_task()
+        before = task.cancelling() if task else 0
+        flushed = await super()._flush_pending(force_flush)
+        if task is not None and task.cancelling() > before:
+            raise asyncio.CancelledError
+        return flushed
+
+
+def loses_cancellations(python: tuple[int, ...]) -> bool:
+    """Return whether `asyncio.wait_for` of this Python loses a cancellation that arrives together with the result."""
+    return python < (3, 12)
+
+
+def patch_wait_for() -> None:
+    """Give nats-py, and nobody else, the `wait_for` of Python 3.12 if this Python is older."""
+    if loses_cancellations(sys.version_info[:2]):
+        patched = SimpleNamespace(**{**vars(asyncio), "wait_for": wait_for})
+        for module in WAITING_MODULES:
+            module.asyncio = patched  # type: ignore[attr-defined]  # the name that the module imported
+
+
+async def wait_for(awaited: Awaitable[T], timeout: float | None) -> T:
+    """Wait `timeout` seconds (None: for ever), as `asyncio.wait_for` of Python 3.12 does. Raises TimeoutError."""
+    if timeout is not None and timeout <= 0:
+        done = asyncio.ensure_future(awaited)
+        if not done.done():
+            await cancel_and_wait(done)
+        try:
+            return done.result()
+        except asyncio.CancelledError as e:
+            raise TimeoutError from e
+    async with asyncio.timeout(timeout):
+        return await awaited

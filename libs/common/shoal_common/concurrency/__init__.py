@@ -1,0 +1,1 @@
+"""What asyncio leaves to its users: cancellation, back-off, shared calls, waiting for a change."""
