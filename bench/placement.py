@@ -28,7 +28,7 @@ from shoal_placement.solver.problem import IN_FLIGHT_PER_STAGE, Problem, Solutio
 from tests.placement import oracle  # noqa: E402
 from tests.placement.oracle import INF, random_problem  # noqa: E402
 from tests.placement.random_clusters import random_placement  # noqa: E402
-from tests.placement.test_feasible import problems_with, tight_problem  # noqa: E402
+from tests.placement.unit.test_feasible import problems_with, tight_problem  # noqa: E402
 
 QUICK = "--quick" in sys.argv
 FLIGHTS = (1, 8, IN_FLIGHT_PER_STAGE)

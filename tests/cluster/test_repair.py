@@ -11,7 +11,7 @@ from shoal_common.store.store_paths import StorePaths
 from shoal_demo.hub_server import running_hub
 from tests.fetcher.hub_repos import make_model, noise
 from tests.harness.shoal import ShoalCluster
-from tests.storage.test_verifier import flip
+from tests.storage.service.test_verifier import flip
 
 MODEL = "org/fish"
 FILES = {"model.safetensors": noise(5 * LEAF_BYTES + 99, MODEL), "config.json": b"{}"}

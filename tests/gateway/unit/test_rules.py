@@ -1,0 +1,243 @@
+"""The gateway's pure modules: stop strings, token order, access, instance and node selection. No I/O."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoal_common import VERSION
+from shoal_common.errors import BY_CODE, ErrorBody, NodeDown, NotFound, StageLost
+from shoal_common.messages.downloads import DownloadState
+from shoal_common.messages.generation import TokenEvent
+from shoal_common.messages.instances import InstanceSpec, InstanceState, StageSpec, StageState
+from shoal_common.messages.liveness import LivenessRecord, ProcessIdentity
+from shoal_common.messages.storage import ModelState
+from shoal_gateway import errors as gateway_errors
+from shoal_gateway.app import ROUTES
+from shoal_gateway.auth import access_error
+from shoal_gateway.cluster.snapshot import ClusterSnapshot
+from shoal_gateway.generation.instance_selection import lost_stage_reason, select_instance
+from shoal_gateway.generation.openai import UNSUPPORTED
+from shoal_gateway.generation.token_stream import MAX_TOKENS_AHEAD, StopScanner, TokenReorderBuffer
+from shoal_gateway.rest.downloads import has_started
+from shoal_gateway.rest.node_selection import select_control_nodes, select_delete_nodes, select_download_nodes
+from shoal_gateway.settings import GatewayTimeouts
+
+few_letters = st.text(alphabet="ab", max_size=30)
+stop_lists = st.lists(st.text(alphabet="ab", min_size=1, max_size=4), max_size=4)
+
+
+def test_error_codes_of_the_gateway_are_its_own() -> None:
+    own = [gateway_errors.CrossOriginForbidden, gateway_errors.TooLarge, gateway_errors.UnsupportedParameter]
+    codes = [e.code for e in own]
+    assert len(set(codes)) == len(codes)
+    assert all(BY_CODE.get(e.code, e) is e for e in own)
+
+
+def scanned(pieces: list[str], stops: list[str]) -> tuple[str, bool]:
+    """Return the text sent for these pieces, and whether a stop string ended it."""
+    scanner = StopScanner(stops)
+    shown = "".join(scanner.push(p) for p in pieces)
+    return shown + scanner.flush(), scanner.stopped
+
+
+@given(few_letters, stop_lists, st.data())
+def test_any_split_of_a_text_shows_the_same(text: str, stops: list[str], data: st.DataObject) -> None:
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=8)))
+    pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    assert scanned(pieces, stops) == scanned(list(text), stops) == scanned([text], stops)
+
+
+@given(few_letters, stop_lists)
+def test_shown_text_is_a_beginning_without_any_stop_string(text: str, stops: list[str]) -> None:
+    shown, stopped = scanned(list(text), stops)
+    assert text.startswith(shown)
+    assert not any(stop in shown for stop in stops)
+    assert stopped == any(stop in text for stop in stops)
+    assert stopped or shown == text
+
+
+@given(few_letters, stop_lists)
+def test_only_what_may_begin_a_stop_string_is_held_back(text: str, stops: list[str]) -> None:
+    scanner = StopScanner(stops)
+    shown = "".join(scanner.push(c) for c in text)
+    held = text[len(shown) :]
+    assert scanner.stopped or held == "" or any(s.startswith(held) for s in stops)
+
+
+@given(
+    st.integers(0, 12).flatmap(lambda n: st.tuples(st.just(n), st.lists(st.integers(0, max(n - 1, 0)), max_size=20)))
+)
+def test_tokens_in_any_order_come_out_once_and_in_order(case: tuple[int, list[int]]) -> None:
+    count, noise = case
+    order = TokenReorderBuffer()
+    arrivals = [i for i in noise if i < count] + list(range(count))
+    out = [e.index for i in arrivals for e in order.push(TokenEvent(request="r", index=i))]
+    assert out == list(range(count)) and not order.has_gap
+
+
+@given(st.sets(st.integers(0, 10)))
+def test_nothing_passes_a_gap(indices: set[int]) -> None:
+    order = TokenReorderBuffer()
+    out = [e.index for i in indices for e in order.push(TokenEvent(request="r", index=i))]
+    missing = min(set(range(12)) - indices)
+    assert out == list(range(missing))
+    assert order.has_gap == any(i > missing for i in indices)
+
+
+def test_I7_tokens_kept_ahead_are_bounded() -> None:
+    order = TokenReorderBuffer()
+    assert order.push(TokenEvent(request="r", index=MAX_TOKENS_AHEAD)) == [] and not order.has_gap
+    assert order.push(TokenEvent(request="r", index=-1)) == [] and not order.has_gap
+
+
+def test_error_passes_a_gap() -> None:
+    order = TokenReorderBuffer()
+    order.push(TokenEvent(request="r", index=5))
+    error = TokenEvent(request="r", error=ErrorBody(code="busy", message="full"))
+    assert order.push(error) == [error]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1:8080", "localhost", "LOCALHOST:1", "[::1]:8080", "127.0.0.2"])
+def test_loopback_names_may_be_used_without_a_credential(host: str) -> None:
+    assert access_error("POST", "/v1/downloads", {"host": host}, "", False) is None
+
+
+@pytest.mark.parametrize("host", ["", "evil.example", "127.0.0.1.evil.example", "[", "10.0.0.1:8080"])
+def test_I12_other_names_of_this_machine_may_not(host: str) -> None:
+    refused = access_error("GET", "/v1/status", {"host": host}, "", False)
+    assert refused is not None and refused.http_status == 403
+
+
+@given(st.text(max_size=40))
+def test_I12_only_the_secret_opens(word: str) -> None:
+    for scheme in ("Bearer ", "Basic ", ""):
+        assert access_error("GET", "/", {"authorization": scheme + word}, "the-real-secret", True) is not None
+
+
+def test_I12_without_a_secret_nothing_opens_beyond_loopback() -> None:
+    for shown in ("Bearer ", "Bearer", "Basic Og==", ""):
+        assert access_error("GET", "/", {"authorization": shown}, "", True) is not None
+
+
+def live(*names: str) -> dict[str, dict[str, LivenessRecord]]:
+    """Return live services from names like `node.service`."""
+    out: dict[str, dict[str, LivenessRecord]] = {}
+    for name in names:
+        node, _, service = name.partition(".")
+        out.setdefault(node, {})[service] = LivenessRecord(
+            holder=ProcessIdentity(uid="u", host="h", pid=1), version=VERSION
+        )
+    return out
+
+
+def spec(identity: str, *nodes: str, commit: str = "c" * 40, epoch: int = 1) -> InstanceSpec:
+    """Return an instance of org/m with a layer on each node."""
+    stages = [StageSpec(rank=i, node=n, first_layer=i, last_layer=i + 1) for i, n in enumerate(nodes)]
+    return InstanceSpec(id=identity, repo="org/m", commit=commit, stages=stages, context_tokens=8, epoch=epoch)
+
+
+def snapshot_of(*specs: InstanceSpec, nodes: tuple[str, ...] = ("a", "b")) -> ClusterSnapshot:
+    """Return a snapshot in which all of these are ready."""
+    return ClusterSnapshot(
+        live=live(*(f"{n}.inference" for n in nodes)),
+        specs={s.id: s for s in specs},
+        instances={
+            s.id: InstanceState(id=s.id, repo=s.repo, commit=s.commit, phase="ready", nodes=[]) for s in specs
+        },
+        stages={
+            s.id: {
+                t.rank: StageState(instance=s.id, rank=t.rank, node=t.node, epoch=s.epoch, phase="ready")
+                for t in s.stages
+            }
+            for s in specs
+        },
+    )
+
+
+def test_model_may_be_named_by_repo_by_commit_and_by_instance() -> None:
+    cluster = snapshot_of(spec("one", "a", commit="1" * 40), spec("two", "b", commit="2" * 40))
+    assert select_instance(cluster, "org/m", {"one": 1}).id == "two"
+    assert select_instance(cluster, f"org/m@{'1' * 40}", {"one": 1}).id == "one"
+    assert select_instance(cluster, "one", {"one": 1}).id == "one"
+    with pytest.raises(NotFound):
+        select_instance(cluster, f"org/m@{'3' * 40}", {})
+
+
+def test_instance_that_lost_a_stage_is_passed_over() -> None:
+    cluster = snapshot_of(spec("one", "away"), spec("two", "b"))
+    assert select_instance(cluster, "org/m", {"two": 9}).id == "two"
+    with pytest.raises(StageLost, match="away"):
+        select_instance(cluster, "one", {})
+
+
+def test_stage_of_another_epoch_does_not_answer() -> None:
+    old = StageState(instance="i", rank=0, node="a", epoch=1, phase="ready")
+    assert lost_stage_reason(spec("i", "a", epoch=1), {0: old}, {"a"}) is None
+    assert "epoch 1, not 2" in (lost_stage_reason(spec("i", "a", epoch=2), {0: old}, {"a"}) or "")
+    assert "not running" in (lost_stage_reason(spec("i", "a"), {}, {"a"}) or "")
+
+
+def test_ended_downloads_on_down_nodes_hold_no_delete_up() -> None:
+    def downloads(phase: str) -> list[DownloadState]:
+        return [DownloadState(node="away", model="org/m", phase=phase)]  # type: ignore[arg-type]  # as a str
+
+    assert select_delete_nodes(ClusterSnapshot(downloads=downloads("failed")), "org/m", None, None) == []
+    with pytest.raises(NodeDown):
+        select_delete_nodes(ClusterSnapshot(downloads=downloads("paused")), "org/m", None, None)
+    assert select_control_nodes(ClusterSnapshot(downloads=downloads("ready")), "org/m", None) == []
+
+
+def test_delete_of_a_revision_goes_where_that_revision_is() -> None:
+    def held(node: str, commit: str, *revisions: str) -> ModelState:
+        return ModelState(
+            node=node, repo="org/m", commit=commit, size_bytes=1, file_count=1, revisions=list(revisions)
+        )
+
+    cluster = ClusterSnapshot(
+        live=live("a.storage", "b.storage"), models=[held("a", "1" * 40, "v1"), held("b", "2" * 40, "main")]
+    )
+    assert select_delete_nodes(cluster, "org/m", None, None) == ["a", "b"]
+    assert select_delete_nodes(cluster, "org/m", "v1", None) == ["a"]
+    assert select_delete_nodes(cluster, "org/m", "main", None) == ["b"]
+    assert select_delete_nodes(cluster, "org/m", "2" * 40, None) == ["b"]
+    assert select_delete_nodes(cluster, "org/x", None, None) == []
+
+
+def test_download_without_nodes_is_for_this_node() -> None:
+    cluster = ClusterSnapshot(live=live("a.fetcher", "b.fetcher"))
+    assert select_download_nodes(cluster, None, "a") == ["a"]
+    assert select_download_nodes(cluster, "all", "a") == ["a", "b"]
+    assert select_download_nodes(cluster, "b", "a") == ["b"]
+    assert select_download_nodes(cluster, ["b", "a", "b"], "a") == ["b", "a"]
+
+
+def test_download_has_started_once_its_node_publishes_new_state() -> None:
+    old = DownloadState(node="a", model="org/m", phase="fetching", updated_at_s=5.0)
+    assert not has_started(None, None, 10.0)
+    assert not has_started(old, old, 10.0)
+    assert has_started(old, old, 4.0)
+    assert has_started(DownloadState(node="a", model="org/m", phase="fetching", updated_at_s=6.0), old, 10.0)
+    assert not has_started(DownloadState(node="a", model="org/m", phase="queued", updated_at_s=11.0), old, 10.0)
+
+
+def test_every_route_and_setting_is_documented() -> None:
+    root = Path(__file__).parents[3]
+    protocol = (root / "docs" / "protocol.md").read_text()
+    for route in ROUTES:
+        for method in (route.methods or set()) - {"HEAD"}:
+            assert f"`{method} {route.path}`" in protocol, (method, route.path)
+    readme = (root / "services" / "gateway" / "README.md").read_text()
+    for name in GatewayTimeouts.__struct_fields__:
+        assert f"`{name}`" in readme, name
+
+
+def test_every_error_code_and_parameter_is_documented() -> None:
+    protocol = (Path(__file__).parents[3] / "docs" / "protocol.md").read_text()
+    for code in [*BY_CODE, "cross_origin", "too_large", "unsupported_parameter", "method_not_allowed"]:
+        assert f"`{code}`" in protocol, code
+    for name in UNSUPPORTED:
+        assert f"`{name}`" in protocol, name
