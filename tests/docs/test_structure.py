@@ -24,12 +24,9 @@ from scripts.structure import (
 
 ROOT = Path(__file__).parents[2]
 GLOSSARY = ROOT / "docs" / "glossary.md"
-PAGES = [
-    *ROOT.glob("*.md"),
-    *ROOT.glob("docs/*.md"),
-    *ROOT.glob("*/README.md"),
-    *ROOT.glob("*/*/README.md"),
-]
+PAGES = sorted(
+    {*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("services/*/README.md")}
+)
 # The inside of a stage is about to be replaced, and keeps its names until then.
 STAGE = ROOT / "services" / "inference" / "shoal_inference" / "stage"
 # One module per verb is what makes a command easy to find there.
