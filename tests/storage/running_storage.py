@@ -88,7 +88,7 @@ class Node:
 
     async def release(self, manifest: Manifest) -> None:
         """storage.release"""
-        await self.ask("release", Release(manifest=manifest), Empty)
+        await self.ask("release", Release(model=manifest.model, blobs=list(manifest.blob_sizes)), Empty)
 
     async def commit(self, blob: str, root: str = "") -> CommittedBlob:
         """storage.commit"""

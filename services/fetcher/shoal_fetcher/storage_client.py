@@ -9,7 +9,7 @@ from typing import TypeVar
 from shoal_common import telemetry
 from shoal_common.errors import Corrupt, NotFound
 from shoal_common.messages.envelope import Empty
-from shoal_common.messages.manifest import Manifest, ManifestFile
+from shoal_common.messages.manifest import Manifest
 from shoal_common.messages.storage import (
     CheckSpace,
     CommitBlob,
@@ -99,9 +99,7 @@ class StorageClient:
 
     async def release(self, repo: str, commit: str, blobs: Iterable[str]) -> None:
         """Release a reservation. Deletes what only it needed: its partial blobs, and these complete ones."""
-        # A restarted storage remembers partial blobs only, and the fetcher may not know the manifest any more.
-        files = [ManifestFile(path=blob, size_bytes=0, sha256=blob) for blob in sorted(blobs)]
-        request = Release(manifest=Manifest(repo=repo, commit=commit, files=files))
+        request = Release(model=f"{repo}@{commit}", blobs=sorted(blobs))
         await self._request("release", request, Empty, restart_wait_s=_RELEASE_RESTART_WAIT_S)
 
     async def _request(

@@ -130,7 +130,7 @@ class Together:
     async def _keep(self, verb: str, model: Model) -> None:
         repo, maintenance = model.manifest.repo, self.maintenance
         asked: dict[str, Callable[[], Awaitable[object]]] = {
-            "release": lambda: self.guard.release(Release(manifest=model.manifest)),
+            "release": lambda: self.guard.release(Release(model=model.name, blobs=list(model.blobs))),
             "delete": lambda: self.guard.deletions.delete(Delete(model=repo), ""),
             "pin": lambda: maintenance.pin(Pin(model=repo), ""),
             "unpin": lambda: maintenance.pin(Pin(model=repo, pinned=False), ""),

@@ -96,7 +96,7 @@ async def test_I1_a_verified_partial_does_not_serve_a_new_reservation(
         put(held.disk.layout, blob, arrived)
         committing = asyncio.create_task(held.guard.commit(CommitBlob(blob=blob)))
         assert await asyncio.to_thread(held.disk.verified.wait, GATE_DEADLINE_S)
-        await held.guard.release(Release(manifest=model.manifest))
+        await held.guard.release(Release(model=model.name))
         await held.guard.reserve(Reserve(manifest=model.manifest))
         put(held.disk.layout, blob, b"x" * 1000)
         held.disk.gate.set()

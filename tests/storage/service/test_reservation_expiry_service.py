@@ -218,7 +218,7 @@ async def test_what_two_downloads_share_stays_reserved_for_the_other(
         await cluster.check_after(RESERVATION_GRACE_S + 60)
         assert held.ledger.arrivals.partials[BLOB].models == {twin.name}
         assert (await held.guard.commit(CommitBlob(blob=BLOB))).size_bytes == 3000
-        await held.guard.release(Release(manifest=twin.manifest))
+        await held.guard.release(Release(model=twin.name, blobs=[BLOB]))
 
 
 async def test_I6_a_restart_knows_when_a_reservation_was_last_wanted(

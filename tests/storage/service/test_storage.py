@@ -13,8 +13,9 @@ from msgspec import structs
 
 from shoal_common.bus.keys import model_key, storage_key
 from shoal_common.errors import BadInput, BadName, Corrupt, NotFound, QuotaExceeded
+from shoal_common.messages.envelope import Empty
 from shoal_common.messages.manifest import Manifest, ManifestFile
-from shoal_common.messages.storage import GetManifest, ModelState, StorageState
+from shoal_common.messages.storage import GetManifest, ModelState, Release, StorageState
 from tests.harness.nats import NatsServer
 from tests.harness.process import node_environment, started
 from tests.harness.waiting import eventually
@@ -160,9 +161,13 @@ async def test_I10_a_hostile_manifest_is_refused_by_every_endpoint(
             structs.replace(apples.sealed, **wrong),
             structs.replace(apples.sealed, files=[hostile_file]),
         ):
-            for act in (node.reserve, node.seal, node.release):
+            for act in (node.reserve, node.seal):
                 with pytest.raises(BadName):
                     await act(manifest)
+        hostile_model = structs.replace(apples.sealed, **wrong).model
+        for release in (Release(model=hostile_model), Release(model=apples.name, blobs=["../../etc/passwd"])):
+            with pytest.raises(BadName):
+                await node.ask("release", release, Empty)
         with pytest.raises(BadName):
             await node.commit("../../etc/passwd")
         with pytest.raises(BadName):

@@ -292,8 +292,10 @@ class ReserveResult(WireStruct):
 class Release(WireStruct):
     """`svc.storage.<node>.release`: end an unsuccessful download's reservation; delete bytes that only it needs."""
 
-    manifest: Manifest
-    """The manifest that was reserved."""
+    model: str
+    """`org/name@commit`."""
+    blobs: list[str] = []
+    """The model's complete blobs here. Storage finds its partial blobs by itself."""
 
 
 class CommitBlob(WireStruct):

@@ -22,7 +22,7 @@ from shoal_common.messages.storage import (
     ReserveResult,
     SealModel,
 )
-from shoal_common.names import ModelRef, check_blob
+from shoal_common.names import ModelRef, check_blob, check_commit
 from shoal_common.service import ServiceContext
 from shoal_common.store.leaf_hash import hash_leaf_list
 from shoal_storage.admission.admission import leaves_to_reserve, requested_leaves
@@ -164,16 +164,16 @@ class FetchApi:
 
     async def release(self, request: Release) -> Empty:
         """End a reservation. Bytes that only it needed are deleted."""
-        check_manifest(request.manifest)
+        model, blobs = request.model, [check_blob(blob) for blob in request.blobs]
+        check_commit(ModelRef.parse(model).revision)
         async with self._section:
-            manifest, _ = await self._with_known_hashes(request.manifest)
-            model = manifest.model
             if model in self._ledger.stored_manifests:
                 await self.deletions.end_reservation(model)
             elif model in self._ledger.shards:
                 await self.shards.finish_shard(model)
             else:
-                self._ledger.arrivals.extend_reservation(model, manifest.blob_sizes)
+                # A storage that was restarted remembers partial blobs only.
+                self._ledger.arrivals.extend_reservation(model, blobs)
                 await self.deletions.delete_model(model)
         await self._publisher.publish_storage()
         return Empty()
