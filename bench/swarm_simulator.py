@@ -12,6 +12,7 @@ import heapq
 import random
 from collections.abc import Callable, Sequence
 
+from shoal_common.concurrency.backoff import Backoff
 from shoal_common.store.bitmap import LEAF_BYTES
 from shoal_common.store.leaf_set import leaf_range, least_sent_range, record_sent
 from shoal_fetcher.swarm.overlay import neighbours
@@ -34,7 +35,7 @@ GIVE_UP_S = 10.0
 """A request that brings nothing for this long is ended by the caller."""
 
 
-SET_ASIDE_S = 1.0
+SET_ASIDE = Backoff(1.0, 8.0)
 """A failed peer is not asked for this long, twice as long after the next failure, 8 s at most."""
 
 
@@ -307,7 +308,7 @@ class Simulation:
 
     def _fail(self, transfer: Transfer) -> None:
         view = transfer.asker.views[transfer.giver.name]
-        view.aside_until_s = self.now_s + min(SET_ASIDE_S * 2**view.failures, 8.0)
+        view.aside_until_s = self.now_s + SET_ASIDE.delay_s(view.failures + 1)
         view.failures += 1
         self._end(transfer)
 

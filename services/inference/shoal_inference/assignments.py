@@ -63,8 +63,3 @@ def successor_address(
             links = sort_by_preference(state.links, own_interfaces) if state.address else []
             return links[0].address if links else state.address
     return ""
-
-
-def respawn_backoff_s(deaths: int) -> float:
-    """Return the seconds to wait before restarting after the n-th death in a row: 0.2, 0.4, … at most 15."""
-    return float(min(0.2 * 2 ** min(max(deaths - 1, 0), 10), 15.0))

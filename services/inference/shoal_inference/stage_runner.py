@@ -16,6 +16,7 @@ from shoal_common.bus.connection import Nats
 from shoal_common.bus.keys import model_key, shard_key, stage_key
 from shoal_common.bus.kv_bucket import Buckets
 from shoal_common.bus.kv_mirror import KvMirror
+from shoal_common.concurrency.backoff import Backoff
 from shoal_common.config import Config
 from shoal_common.errors import InternalError, ShoalError, StageLost, Unavailable, from_body
 from shoal_common.host.addresses import non_loopback
@@ -31,7 +32,7 @@ from shoal_common.models.kv_cache import MAX_REQUESTS_PER_INSTANCE
 from shoal_common.models.layer_tensors import covers
 from shoal_common.rpc.command_client import CommandClient, new_command_id
 from shoal_common.rpc.request_reply import RpcClient
-from shoal_inference.assignments import Assignment, respawn_backoff_s, successor_address
+from shoal_inference.assignments import Assignment, successor_address
 from shoal_inference.host_facts.bandwidth_estimate import BandwidthEstimate, bytes_read_per_token
 from shoal_inference.host_facts.model_lease import lease_model
 from shoal_inference.stage.errors import LinkClosed
@@ -43,6 +44,7 @@ log = StructuredLogger("stage")
 _FETCH_DEADLINE_S = 24 * 3600.0
 _ACCEPT_TIMEOUT_S = 30.0
 _STABLE_AFTER_S = 30.0
+_RESPAWN_BACKOFF = Backoff(0.2, 15.0)
 """A process that lived this long was healthy: its death counts as the first."""
 
 
@@ -116,7 +118,7 @@ class StageRunner:
             await self._publish_state(phase="failed", error=error.body(), address="", links=[], uid="")
             if self._kill_reason is not None:
                 await asyncio.Event().wait()  # until the instance is stopped or moved, which cancels this task
-            await asyncio.sleep(respawn_backoff_s(deaths))
+            await asyncio.sleep(_RESPAWN_BACKOFF.delay_s(deaths))
 
     def kill_for_memory(self, error: ShoalError) -> None:
         """Kill the process, if there is one, and do not restart it: the machine needs the memory."""

@@ -20,7 +20,7 @@ def test_the_delay_is_bounded_and_depends_only_on_its_arguments(
 ) -> None:
     history = ExitHistory(began_s, ends)
     first = decide_restart(history, began_s + lived_s, code)
-    assert restart_policy.FIRST_BACKOFF_S <= first.delay_s <= restart_policy.MAX_BACKOFF_S
+    assert restart_policy.RESTART_BACKOFF.first_s <= first.delay_s <= restart_policy.RESTART_BACKOFF.max_s
     assert first == decide_restart(history, began_s + lived_s, code)
 
 
@@ -44,17 +44,17 @@ def test_the_delay_doubles_from_a_fifth_of_a_second_to_ten() -> None:
 @given(st.integers(0, 10**6), st.floats(30, 1e6))
 def test_a_child_that_lived_30_s_restarts_with_the_first_delay(ends: int, lived_s: float) -> None:
     restart = decide_restart(ExitHistory(0.0, ends), lived_s, 1)
-    assert (restart.delay_s, restart.exits_in_a_row) == (restart_policy.FIRST_BACKOFF_S, 1)
+    assert (restart.delay_s, restart.exits_in_a_row) == (restart_policy.RESTART_BACKOFF.first_s, 1)
 
 
 def test_a_claimed_service_is_reported_and_not_restarted() -> None:
     assert "is already this node's service" in describe_exit(9)
-    assert decide_restart(ExitHistory(0.0, 0), 1.0, 9).delay_s == restart_policy.MAX_BACKOFF_S
+    assert decide_restart(ExitHistory(0.0, 0), 1.0, 9).delay_s == restart_policy.RESTART_BACKOFF.max_s
 
 
 def test_an_incompatible_cluster_is_reported_and_not_retried() -> None:
     assert "an incompatible version" in describe_exit(10)
-    assert decide_restart(ExitHistory(0.0, 0), 1.0, 10).delay_s == restart_policy.MAX_BACKOFF_S
+    assert decide_restart(ExitHistory(0.0, 0), 1.0, 10).delay_s == restart_policy.RESTART_BACKOFF.max_s
     refused = ChildStatus(name="a", phase="waiting", exits_in_a_row=1, last_exit_code=10)
     assert readiness([refused]) == "hopeless"
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from shoal_common.bus.keys import download_key
+from shoal_common.concurrency.backoff import Backoff
 from shoal_common.errors import DiskFull, NodeDown, ShoalError
 from shoal_common.messages.downloads import DownloadState
 from shoal_common.messages.storage import SpaceCheck
@@ -19,7 +20,7 @@ from shoal_fetcher.downloads import disk_full_wait as blocked_module
 from shoal_fetcher.downloads.disk_full_wait import DiskFullWait
 from shoal_fetcher.partials.disk_writes import probe_disk
 from shoal_fetcher.progress import Progress
-from shoal_fetcher.sources.failure_policy import MAX_BLOCKED_S, futile_attempt_backoff_s, space_check_backoff_s
+from shoal_fetcher.sources.failure_policy import FUTILE_ATTEMPT_BACKOFF, MAX_BLOCKED_S, SPACE_CHECK_BACKOFF
 from shoal_fetcher.storage_client import StorageClient
 from tests.harness.nats import Joined, NatsServer, joined
 
@@ -69,7 +70,7 @@ class Passing(ClusterView):
 def no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Waits that nothing ends early take no time."""
     monkeypatch.setattr(blocked_module, "_MIN_INTERVAL_S", 0.0)
-    monkeypatch.setattr(blocked_module, "futile_attempt_backoff_s", lambda _: 0.0)
+    monkeypatch.setattr(blocked_module, "FUTILE_ATTEMPT_BACKOFF", Backoff(0.0, 0.0))
 
 
 def progress_of(here: Joined, node: str, **fields: float) -> Progress:
@@ -93,7 +94,7 @@ async def test_a_wait_publishes_lacking_bytes_and_ends_when_they_fit(
         )
         assert published.error is not None and published.error.code == "disk_full"
         assert published.error.details == {"lacking_bytes": 7, "free_bytes": 3, "headroom_bytes": 2}
-        assert storage.asked_count == 4 and around.waited_s == [space_check_backoff_s(n) for n in (1, 2, 3)]
+        assert storage.asked_count == 4 and around.waited_s == [SPACE_CHECK_BACKOFF.delay_s(n) for n in (1, 2, 3)]
 
 
 async def test_I7_a_day_without_space_ends_in_an_error_that_names_it(
@@ -168,5 +169,5 @@ def test_a_write_probe_leaves_no_file(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_I7_waits_grow_and_have_a_bound() -> None:
-    assert [futile_attempt_backoff_s(n) for n in (0, 1, 2, 3, 7, 8, 10**6)] == [0, 1, 2, 4, 60, 60, 60]
-    assert [space_check_backoff_s(n) for n in (1, 2, 3, 4, 5, 10**6)] == [5, 10, 20, 40, 60, 60]
+    assert [FUTILE_ATTEMPT_BACKOFF.delay_s(n) for n in (0, 1, 2, 3, 7, 8, 10**6)] == [0, 1, 2, 4, 60, 60, 60]
+    assert [SPACE_CHECK_BACKOFF.delay_s(n) for n in (1, 2, 3, 4, 5, 10**6)] == [5, 10, 20, 40, 60, 60]

@@ -34,7 +34,6 @@ from shoal_fetcher.sources.failure_policy import (
     BlobHolder,
     SourceHealth,
     end_phase,
-    retry_backoff_s,
 )
 from shoal_fetcher.sources.source_selection import (
     FetchFromHub,
@@ -214,11 +213,6 @@ def test_no_source_is_blamed_for_what_our_own_storage_did(error: ShoalError, pee
     with pytest.raises(type(error)):
         health.record_failure(error, peer)
     assert not health.banned and not health.failure_counts and not health.hub_failures
-
-
-@given(st.integers(1, 10**6))
-def test_retries_wait_longer_each_time_up_to_a_bound(failures: int) -> None:
-    assert 0.25 <= retry_backoff_s(failures) <= retry_backoff_s(failures + 1) <= 8.0
 
 
 @given(st.dictionaries(st.sampled_from([BLOB, GIT]), st.text(string.hexdigits, min_size=64, max_size=64)))

@@ -16,7 +16,7 @@ from shoal_common.messages.envelope import Empty
 from shoal_common.messages.generation import Accepted, CancelGenerate, Generate
 from shoal_common.messages.instances import InstanceSpec, StageSpec, StageState
 from shoal_common.rpc.request_reply import RpcClient
-from shoal_inference.assignments import assignments, reconcile, respawn_backoff_s, stale_stages, successor_address
+from shoal_inference.assignments import assignments, reconcile, stale_stages, successor_address
 from tests.harness.nats import Joined, NatsServer, joined
 from tests.harness.process import node_environment, started
 from tests.harness.waiting import eventually
@@ -71,11 +71,6 @@ def test_the_last_rank_links_to_the_first_only_within_an_epoch() -> None:
     ]
     assert successor_address(spec, 1, states) == "h:1"
     assert successor_address(spec, 0, states) == ""
-
-
-@given(st.integers(0, 10_000))
-def test_I7_the_delay_before_a_respawn_is_bounded(deaths: int) -> None:
-    assert 0 < respawn_backoff_s(deaths) <= 15
 
 
 class Service:

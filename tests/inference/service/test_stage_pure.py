@@ -19,7 +19,7 @@ from shoal_inference.stage.compute import prefill
 from shoal_inference.stage.compute.engine import from_hidden, step_seed, to_hidden
 from shoal_inference.stage.ipc import messages
 from shoal_inference.stage.ipc.blas import child_environment
-from shoal_inference.stage.ring import backoff, handshake
+from shoal_inference.stage.ring import handshake
 from shoal_inference.stage.ring.frames import (
     HEADER_BYTES,
     ITEM_BYTES,
@@ -167,12 +167,6 @@ def test_an_admitted_answer_never_outgrows_the_context(
     assert plan.prompt_tokens + plan.max_tokens <= context
     assert 1 <= plan.max_tokens <= max_tokens
     assert (plan.ended == "length") == (answered >= plan.max_tokens)
-
-
-def test_backoff_grows_to_its_limit_and_stays() -> None:
-    waits = [backoff.backoff_s(attempt) for attempt in range(60)]
-    assert waits == sorted(waits)
-    assert (waits[0], waits[-1]) == (backoff.FIRST_BACKOFF_S, backoff.MAX_BACKOFF_S)
 
 
 def test_a_tokens_seed_depends_on_its_index_alone() -> None:

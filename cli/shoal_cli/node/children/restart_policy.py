@@ -8,10 +8,10 @@ from typing import Literal
 
 import msgspec
 
+from shoal_common.concurrency.backoff import Backoff
 from shoal_common.errors import AlreadyRunning, OtherVersion
 
-FIRST_BACKOFF_S = 0.2
-MAX_BACKOFF_S = 10.0
+RESTART_BACKOFF = Backoff(0.2, 10.0)
 STABLE_AFTER_S = 30.0
 """A child that lived this long is stable: its next exit counts as the first."""
 CLAIMED = AlreadyRunning.exit_code
@@ -48,9 +48,8 @@ def decide_restart(history: ExitHistory, now_s: float, code: int) -> RestartDeci
     stable = now_s - history.started_s >= STABLE_AFTER_S
     ends = 1 if stable else history.exits_in_a_row + 1
     if code in _REFUSED:
-        return RestartDecision(MAX_BACKOFF_S, ends)
-    # The exponent is bounded so that a long run of failures cannot overflow a float.
-    return RestartDecision(min(FIRST_BACKOFF_S * 2.0 ** min(ends - 1, 16), MAX_BACKOFF_S), ends)
+        return RestartDecision(RESTART_BACKOFF.max_s, ends)
+    return RestartDecision(RESTART_BACKOFF.delay_s(ends), ends)
 
 
 def describe_exit(code: int) -> str:

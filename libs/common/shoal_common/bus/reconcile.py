@@ -1,8 +1,8 @@
 """The main loop of a service: bring the actual state to the wanted one, whenever either has changed.
 
 A pass reads everything again (level-triggered), so it does not matter what changed, how often, or whether a change
-was missed. Passes cannot run hot: two of them start at least APART_S apart, and a failed one is retried after a delay
-that doubles.
+was missed. Passes cannot run hot: two of them start at least MIN_PASS_INTERVAL_S apart, and a failed one is retried
+after a delay that doubles.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Hashable, Sequence
 from nats.errors import Error as NatsError
 
 from shoal_common.bus.kv_mirror import KvMirror, any_changed
+from shoal_common.concurrency.backoff import Backoff
 from shoal_common.errors import ShoalError
 from shoal_common.logs import StructuredLogger
 
@@ -20,14 +21,7 @@ log = StructuredLogger("reconcile")
 
 MIN_PASS_INTERVAL_S = 0.05
 """Minimum time from the start of one pass to the next: at most 20 a second."""
-RETRY_BACKOFF_S = (0.5, 30.0)
-"""Delay after the first failure, and the maximum."""
-
-
-def retry_backoff_s(failures: int) -> float:
-    """Return the delay after this many failures in a row."""
-    first_s, most_s = RETRY_BACKOFF_S
-    return min(first_s * 2.0 ** min(failures - 1, 16), most_s)
+RETRY_BACKOFF = Backoff(0.5, 30.0)
 
 
 def earliest(*waits_s: float | None) -> float | None:
@@ -56,7 +50,7 @@ async def reconcile_forever(
             failures = 0
         except (NatsError, ShoalError, OSError) as e:
             failures += 1
-            wake_s = retry_backoff_s(failures)
+            wake_s = RETRY_BACKOFF.delay_s(failures)
             log.warning(
                 f"{activity} is not possible now; trying again", reason=str(e) or type(e).__name__, wait_s=wake_s
             )

@@ -19,7 +19,7 @@ from shoal_fetcher.cluster_view import ClusterView
 from shoal_fetcher.errors import ReservationLost
 from shoal_fetcher.partials.disk_writes import probe_disk
 from shoal_fetcher.progress import Progress
-from shoal_fetcher.sources.failure_policy import MAX_BLOCKED_S, futile_attempt_backoff_s, space_check_backoff_s
+from shoal_fetcher.sources.failure_policy import FUTILE_ATTEMPT_BACKOFF, MAX_BLOCKED_S, SPACE_CHECK_BACKOFF
 from shoal_fetcher.storage_client import StorageClient
 
 log = StructuredLogger("blocked")
@@ -58,7 +58,7 @@ class DiskFullWait:
         await progress.publish_state(
             phase="blocked", waiting_for=disk_full.message, error=error, blocked_since_s=since_s
         )
-        await asyncio.sleep(futile_attempt_backoff_s(self._futile_attempts))
+        await asyncio.sleep(FUTILE_ATTEMPT_BACKOFF.delay_s(self._futile_attempts))
         attempt, reason = 0, disk_full.message
         while True:
             if self._clock_s() - since_s > MAX_BLOCKED_S:
@@ -78,7 +78,7 @@ class DiskFullWait:
                 log.warning("storage did not report its free space", model=model, reason=e.message)
             attempt += 1
             await asyncio.sleep(_MIN_INTERVAL_S)
-            await self._cluster_view.wait_disk_changed(disk_before, space_check_backoff_s(attempt))
+            await self._cluster_view.wait_disk_changed(disk_before, SPACE_CHECK_BACKOFF.delay_s(attempt))
         log.info("free space again, download resumes", model=model)
         progress.mark_progress()
 

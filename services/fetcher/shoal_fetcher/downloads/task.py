@@ -30,7 +30,7 @@ from shoal_fetcher.errors import RateLimited, ReservationLost
 from shoal_fetcher.hub.client import HubClient
 from shoal_fetcher.partials.bitmap_file import resumable_bytes
 from shoal_fetcher.progress import Progress
-from shoal_fetcher.sources.failure_policy import end_phase, retry_backoff_s
+from shoal_fetcher.sources.failure_policy import RETRY_BACKOFF, end_phase
 from shoal_fetcher.sources.source_changes import SourceChange
 from shoal_fetcher.sources.source_selection import with_known_sha256
 from shoal_fetcher.storage_client import StorageClient
@@ -223,7 +223,7 @@ class DownloadTask:
                 if attempt == _MAX_RESOLVE_ATTEMPTS or self._hub.offline:
                     raise
                 await self.progress.publish_state(waiting_for=e.message)
-                await asyncio.sleep(e.retry_after_s if isinstance(e, RateLimited) else retry_backoff_s(attempt))
+                await asyncio.sleep(e.retry_after_s if isinstance(e, RateLimited) else RETRY_BACKOFF.delay_s(attempt))
         raise AssertionError("the last attempt returns or raises")
 
     async def _peer_manifest(self) -> Manifest | None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import msgspec
 
+from shoal_common.concurrency.backoff import Backoff
 from shoal_common.errors import (
     BadInput,
     Corrupt,
@@ -94,7 +95,7 @@ class SourceHealth(msgspec.Struct):
                 self.banned.add(peer)
                 return 0.0
             self.failure_counts[peer] = self.failure_counts.get(peer, 0) + 1
-            return retry_backoff_s(self.failure_counts[peer])
+            return RETRY_BACKOFF.delay_s(self.failure_counts[peer])
         if isinstance(error, Corrupt):
             if self.hub_was_corrupt:
                 raise error
@@ -109,7 +110,7 @@ class SourceHealth(msgspec.Struct):
         if isinstance(error, NotFound | Denied | Refused) and not has_peer:
             raise error
         self.hub_failures += 1
-        return retry_backoff_s(self.hub_failures)
+        return RETRY_BACKOFF.delay_s(self.hub_failures)
 
     def _after_mixed(self, sources: set[str], error: ShoalError) -> float:
         # One of several lied. Start again, once, and trust only one source.
@@ -137,24 +138,11 @@ class SourceHealth(msgspec.Struct):
         )
 
 
-def retry_backoff_s(failures: int) -> float:
-    """Return the seconds to wait after the n-th failure in a row: 0.25, 0.5, … at most 8."""
-    return float(min(0.25 * 2 ** min(max(failures - 1, 0), 10), 8.0))
-
-
+RETRY_BACKOFF = Backoff(0.25, 8.0)
+"""After failures in a row of a source."""
+FUTILE_ATTEMPT_BACKOFF = Backoff(1.0, 60.0)
+"""After attempts in a row that made nothing durable although storage reports space, as under a file system quota."""
+SPACE_CHECK_BACKOFF = Backoff(5.0, 60.0)
+"""Until storage is asked again for free space, if nothing changes before."""
 MAX_BLOCKED_S = 24 * 3600.0
 """A download fails after a full disk has blocked it for this long (I7)."""
-
-
-def futile_attempt_backoff_s(count: int) -> float:
-    """Return the seconds to wait after the n-th attempt that made nothing durable although storage reports space, as
-    under a quota of the file system: 0, 1, 2, … at most 60.
-    """
-    return 0.0 if count <= 0 else float(min(2 ** min(count - 1, 10), 60))
-
-
-def space_check_backoff_s(count: int) -> float:
-    """Return the seconds until storage is asked for the n-th time for free space, if nothing changes before: 5, 10, …
-    at most 60.
-    """
-    return float(min(5 * 2 ** min(max(count - 1, 0), 10), 60))

@@ -9,16 +9,17 @@ import asyncio
 import socket
 from collections.abc import Awaitable, Callable
 
+from shoal_common.concurrency.backoff import Backoff
 from shoal_common.logs import StructuredLogger
 from shoal_inference.stage.errors import LinkClosed, LinkError
 from shoal_inference.stage.ring import connection
-from shoal_inference.stage.ring.backoff import backoff_s
 from shoal_inference.stage.ring.connection import Connection
 from shoal_inference.stage.ring.frames import Frame
 from shoal_inference.stage.ring.handshake import Member
 
 MAX_HANDSHAKES = 8
 """Unauthenticated connections at a time; more wait in the listen backlog."""
+_RECONNECT_BACKOFF = Backoff(0.05, 2.0)
 
 log = StructuredLogger("stage.ring")
 
@@ -68,7 +69,7 @@ class Successor:
 
     async def run(self) -> None:
         """For ever: connect, watch, connect again."""
-        attempt = 0
+        failures = 0
         while True:
             if self._address is None:
                 await self._changed.wait()
@@ -78,14 +79,14 @@ class Successor:
             try:
                 live = await connection.connect(host, port, self._member, self._ring, self._timeout_s)
             except LinkError as error:
+                failures += 1
                 self._log_unreachable((host, port), error)
-                await self._pause(backoff_s(attempt))
-                attempt += 1
+                await self._pause(_RECONNECT_BACKOFF.delay_s(failures))
                 continue
             if self._address != (host, port):
                 live.break_off(LinkClosed("the next stage moved"))
                 continue
-            attempt = 0
+            failures = 0
             self._log_reached()
             self._live = live
             self._up()
@@ -93,7 +94,7 @@ class Successor:
             live.break_off(reason)
             self._live = None
             self._down(reason)
-            await self._pause(backoff_s(0))
+            await self._pause(_RECONNECT_BACKOFF.first_s)
 
     def _log_unreachable(self, address: tuple[str, int], error: LinkError) -> None:
         """Log once for each address: the attempts go on for ever, and a dead neighbour must not fill the log."""
@@ -173,7 +174,7 @@ class Predecessor:
                     # Out of descriptors, or a peer that left before it was accepted: the listener itself is well.
                     self._handshakes.release()
                     log.warning("cannot accept a connection", reason=str(error))
-                    await asyncio.sleep(backoff_s(0))
+                    await asyncio.sleep(_RECONNECT_BACKOFF.first_s)
                     continue
                 group.create_task(self._serve(sock, f"{address[0]}:{address[1]}"))
 
