@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -22,7 +23,8 @@ NODE = "here"
 async def local_fileserver(store: Path, limiter: RateLimiter | None = None) -> AsyncIterator[int]:
     """Run a server over a store, and yield its port."""
     listener = socket.create_server(("127.0.0.1", 0))
-    config = server_config(StorePaths(store), NODE, "", limiter=limiter)
+    threads = ThreadPoolExecutor(8, "send")
+    config = server_config(StorePaths(store), NODE, "", threads, limiter=limiter)
     config.timeout_graceful_shutdown = 1
     server = uvicorn.Server(config)
     running = asyncio.create_task(server._serve(sockets=[listener]))
@@ -31,6 +33,7 @@ async def local_fileserver(store: Path, limiter: RateLimiter | None = None) -> A
     finally:
         server.should_exit = True
         await running
+        threads.shutdown()
 
 
 def hollow_blob(store: Path, size_bytes: int, name: str = "ab" * 32) -> str:

@@ -65,7 +65,7 @@ class ServiceContext:
         self.rpc = RpcClient(nats)
         self.stopping = asyncio.Event()
         self.detached = DetachedTasks()
-        """Tasks that complete once begun; the service waits for them when it stops."""
+        """Tasks of commands that complete once begun; `run_commands` waits for them."""
         self.interfaces = InterfaceMonitor()
         self._supervisor = supervisor
 
@@ -98,6 +98,7 @@ class ServiceContext:
         """Run commands for this node (or `any`) until stopping."""
         worker = CommandWorker(self.nats, self.buckets, self.events, self.config.service, self.node, verbs)
         await worker.run(address or self.node, until or self.stopping)
+        await self.detached.wait_ended()
 
     @overload
     async def mirror(self, tasks: asyncio.TaskGroup, bucket: Literal["live"], *keys: str) -> CompatibleLiveMirror: ...
@@ -196,7 +197,6 @@ async def _run(config: Config, environ: Mapping[str, str], run: Callable[[Servic
                 helpers.append(tasks.create_task(_stop_in_time(running, stopping)))
                 try:
                     await running
-                    await context.detached.wait_ended()
                 finally:
                     _exit_if_running_in(cancellation.CLEANUP_DEADLINE_S + _DISCONNECT_DEADLINE_S)
                     for task in helpers:

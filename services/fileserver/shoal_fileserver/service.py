@@ -7,6 +7,7 @@ import logging
 import random
 import socket
 from collections.abc import Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
 
 import uvicorn
 from starlette.datastructures import Headers
@@ -36,16 +37,21 @@ from shoal_fileserver.send_history import SendHistory
 
 _KEEP_ALIVE_S = 30
 _GRACEFUL_SHUTDOWN_S = 5
+_SENDING_THREADS = 8
 
 
 def server_config(
     layout: StorePaths,
     node: str,
     secret: str,
+    threads: Executor,
     model_index: ModelIndex | None = None,
     limiter: RateLimiter | None = None,
 ) -> uvicorn.Config:
-    """Return the configuration of a server for one store; with a model index it speaks the hub's protocol too."""
+    """Return the configuration of a server for one store; `threads` send files.
+
+    With a model index it speaks the hub's protocol too.
+    """
     limiter = limiter or RateLimiter()
     sent = SendHistory(random.Random())
     fast_path = FastPath(layout, node, secret, sent, limiter)
@@ -53,7 +59,7 @@ def server_config(
         _application(
             BlobApi(layout, node, secret, fast_path, sent, limiter), ProbeApi(node, secret), secret, model_index
         ),
-        http=limited_protocol(fast_path),
+        http=limited_protocol(fast_path, threads),
         ws="none",
         log_config=None,
         access_log=False,
@@ -123,8 +129,13 @@ async def run(context: ServiceContext) -> None:
         own_storage = await context.mirror(tasks, "state", storage_key(context.node))
         context.run_in_background(tasks, _follow_upload_limit(own_storage, context.node, limiter))
         model_index = ModelIndex(context.node, context.rpc, models, live, context.interfaces)
-        http_config = server_config(StorePaths(config.store), context.node, config.secret, model_index, limiter)
-        await HttpServer(http_config, context.stopping).serve(sockets=[listener])
+        threads = ThreadPoolExecutor(_SENDING_THREADS, "send")
+        layout = StorePaths(config.store)
+        http_config = server_config(layout, context.node, config.secret, threads, model_index, limiter)
+        try:
+            await HttpServer(http_config, context.stopping).serve(sockets=[listener])
+        finally:
+            threads.shutdown(wait=False, cancel_futures=True)
 
 
 async def _follow_upload_limit(own_storage: KvMirror, node: str, limiter: RateLimiter) -> None:

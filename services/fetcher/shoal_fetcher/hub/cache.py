@@ -1,25 +1,21 @@
 """Caches and back-off that keep a node's requests to the hub few.
 
 The listing of a commit never changes and is kept. A branch is resolved every time, with the ETag of the last answer.
-Concurrent equal requests share one answer. After a 429, no request of this node goes out before the time that the hub
+After a 429, no request of this node goes out before the time that the hub
 named.
 """
 
 from __future__ import annotations
 
-import asyncio
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Hashable
-from typing import Generic, TypeVar
+from collections.abc import Callable
 
 import httpx2
 
 from shoal_common.messages.manifest import ManifestFile
 from shoal_fetcher.errors import RateLimited
-
-T = TypeVar("T")
 
 MAX_CACHED_FILES = 20_000
 """In all kept listings together."""
@@ -99,23 +95,3 @@ def _copy(response: httpx2.Response, request: httpx2.Request) -> httpx2.Response
     # The content is decoded already, so the headers must not say how it was encoded.
     headers = {k: v for k, v in response.headers.items() if k.lower() not in ("content-encoding", "content-length")}
     return httpx2.Response(response.status_code, headers=headers, content=response.content, request=request)
-
-
-class SingleFlight(Generic[T]):
-    """Runs equal concurrent work once and shares the result."""
-
-    def __init__(self) -> None:
-        self._running: dict[Hashable, asyncio.Task[T]] = {}
-
-    async def __call__(self, key: Hashable, work: Callable[[], Awaitable[T]]) -> T:
-        """Return what `work` returns, started now or by an earlier caller. A cancelled caller affects no other."""
-        if key not in self._running:
-            task = asyncio.ensure_future(work())
-            self._running[key] = task
-            task.add_done_callback(lambda t: self._ended(key, t))
-        return await asyncio.shield(self._running[key])
-
-    def _ended(self, key: Hashable, task: asyncio.Task[T]) -> None:
-        del self._running[key]
-        if not task.cancelled():
-            task.exception()  # mark it as retrieved: maybe nobody waits any more

@@ -27,12 +27,13 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import RepoFile
 
+from shoal_common.concurrency.single_flight import SingleFlight
 from shoal_common.errors import BadName, Denied, Expired, HubUnavailable, NotFound, ShoalError, Unsupported
 from shoal_common.messages.manifest import Manifest, ManifestFile
 from shoal_common.names import ModelRef, check_blob, check_commit, check_file_path, is_commit
 from shoal_fetcher.errors import RateLimited
 from shoal_fetcher.hub import range_reader
-from shoal_fetcher.hub.cache import ETagCache, HubBackoff, ListingCache, SingleFlight
+from shoal_fetcher.hub.cache import ETagCache, HubBackoff, ListingCache
 from shoal_fetcher.hub.range_reader import Body, HttpSource, hub_source, read_range, retry_after_s
 
 DEFAULT_ENDPOINT = "https://huggingface.co"

@@ -11,6 +11,7 @@ import json
 from collections import OrderedDict
 from fnmatch import fnmatchcase
 
+from shoal_common.concurrency.single_flight import SingleFlight
 from shoal_common.errors import Corrupt, Expired, Unsupported
 from shoal_common.host.rate_limiter import RateLimiter
 from shoal_common.messages.manifest import Manifest, ManifestFile
@@ -18,7 +19,6 @@ from shoal_common.messages.model_shape import ModelShape, ModelSize
 from shoal_common.models.model_shape import parse_model_shape
 from shoal_common.models.safetensors_header import PREFIX_BYTES, Tensor, header_end, parse_tensors
 from shoal_common.names import ModelRef
-from shoal_fetcher.hub.cache import SingleFlight
 from shoal_fetcher.hub.client import HubClient
 
 MAX_CONFIG_BYTES = 1 << 20

@@ -6,9 +6,10 @@ import asyncio
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import partial
 from typing import ParamSpec, TypeVar
+
+from shoal_common.concurrency.cancellation import run_to_completion
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -24,22 +25,11 @@ async def run_in_default_executor(call: Callable[P, T], *args: P.args, **kwargs:
 
     The file is closed afterwards: a thread that still wrote would write into whatever has its descriptor then.
     """
-    return await _run_to_completion(asyncio.get_running_loop().run_in_executor(None, partial(call, *args, **kwargs)))
+    return await run_to_completion(asyncio.get_running_loop().run_in_executor(None, partial(call, *args, **kwargs)))
 
 
 async def run_blocking(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """The same, in the threads that hash and write leaves."""
-    return await _run_to_completion(
+    return await run_to_completion(
         asyncio.get_running_loop().run_in_executor(_workers, partial(call, *args, **kwargs))
     )
-
-
-async def _run_to_completion(working: asyncio.Future[T]) -> T:
-    try:
-        return await asyncio.shield(working)
-    except asyncio.CancelledError:
-        while not working.done():
-            with suppress(asyncio.CancelledError):
-                await asyncio.wait({working})
-        working.exception()
-        raise

@@ -14,6 +14,7 @@ import struct
 import sys
 import termios
 import time
+from concurrent.futures import Executor
 from functools import partial
 from io import FileIO
 from typing import Any, cast
@@ -47,6 +48,7 @@ _SO_NWRITE = 0x1024
 class LimitedHttpProtocol(HttpToolsProtocol):
     """An HTTP connection."""
 
+    threads: Executor
     fast_path: FastPath | None = None
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
@@ -238,13 +240,13 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
 
-def limited_protocol(fast_path: FastPath) -> type[LimitedHttpProtocol]:
-    """Return the protocol of a server with this fast path."""
+def limited_protocol(fast_path: FastPath, threads: Executor) -> type[LimitedHttpProtocol]:
+    """Return the protocol of a server with this fast path, which sends everything else in these threads."""
 
     class FastPathProtocol(LimitedHttpProtocol):
         pass
 
-    FastPathProtocol.fast_path = fast_path
+    FastPathProtocol.fast_path, FastPathProtocol.threads = fast_path, threads
     return FastPathProtocol
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import Executor
 from typing import Protocol
 
 from uvicorn.protocols.http.flow_control import FlowControl
@@ -13,5 +14,7 @@ class FileConnection(Protocol):
 
     transport: asyncio.Transport
     flow: FlowControl
+    threads: Executor
+    """Send files: a disk may be slow."""
     sent_bytes: int
     """Bytes of files given to the socket or the transport."""

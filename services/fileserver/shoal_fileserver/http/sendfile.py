@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from io import FileIO
 from socket import IPPROTO_TCP
 from typing import TYPE_CHECKING, Any
 
+from shoal_common.concurrency.cancellation import run_to_completion
 from shoal_common.host.rate_limiter import RateLimiter
 from shoal_common.store.bitmap import LEAF_BYTES
 
@@ -33,7 +33,6 @@ _LIMITED_SHARE_S = 0.1
 _MIN_SHARE_BYTES = 16 << 10
 _TCP_CORK = 3
 """Linux's; the fast path exists only there."""
-_THREADS = ThreadPoolExecutor(8, "send")
 
 
 class FileSender:
@@ -59,7 +58,7 @@ class FileSender:
 
         Fewer if the peer disconnects, the file has become shorter, or `is_gone` (called in a thread) returns true.
         """
-        position, allowed = start, start
+        loop, position, allowed = asyncio.get_running_loop(), start, start
         # A duplicate: the transport may close its descriptor at any moment, and another connection reuse the number.
         socket = os.dup(self._transport.get_extra_info("socket").fileno())
         try:
@@ -73,8 +72,9 @@ class FileSender:
                     await limiter.acquire(share)
                     allowed = position + share
                     continue  # the peer may have disconnected meanwhile
-                sent, rest = await _run_to_completion(
-                    _THREADS.submit(_push, socket, file, position, allowed, is_gone)
+                # To its end, even if cancelled: the socket and the file are closed afterwards.
+                sent, rest = await run_to_completion(
+                    loop.run_in_executor(self._connection.threads, _push, socket, file, position, allowed, is_gone)
                 )
                 position += sent
                 self._connection.sent_bytes += sent
@@ -146,13 +146,3 @@ def _push(socket: int, file: FileIO, start: int, end: int, is_gone: Callable[[],
                 break
             position += sent
     return position - start, b""
-
-
-async def _run_to_completion(working: Future[tuple[int, bytes]]) -> tuple[int, bytes]:
-    """Return a thread's result. If cancelled, waits all the same: the caller closes what the thread uses."""
-    waiting = asyncio.wrap_future(working)
-    try:
-        return await asyncio.shield(waiting)
-    except asyncio.CancelledError:
-        await asyncio.wait({waiting})
-        raise

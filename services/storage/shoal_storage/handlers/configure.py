@@ -44,16 +44,12 @@ class ConfigureCommand:
         self._context, self._store, self._ledger, self._settings = context, store, ledger, settings
         self._apply, self._publish, self._check = apply, publish, check
         self._lock = asyncio.Lock()
-        self._changing: set[asyncio.Task[dict[str, object]]] = set()
 
     async def configure(self, command: Configure, _: str) -> dict[str, object]:
         """Change settings: first in the file, so that a restart keeps what was acknowledged, then in force."""
         changes = requested_changes(command, self._context.environ)
         # Once begun it completes, even past the command's deadline: the file and the settings in force stay equal.
-        changing = asyncio.create_task(self._change(changes))
-        self._changing.add(changing)
-        changing.add_done_callback(self._changing.discard)
-        return await asyncio.shield(changing)
+        return await self._context.detached.run(self._change(changes))
 
     async def _change(self, changes: dict[str, Value]) -> dict[str, object]:
         async with self._lock:

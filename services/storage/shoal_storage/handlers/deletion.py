@@ -51,7 +51,6 @@ class DeletionService:
     ) -> None:
         self._context, self._store, self._ledger, self._section = context, store, ledger, section
         self._metadata, self._shards, self._publisher, self._usage = metadata, shards, publisher, usage
-        self._deleting: set[asyncio.Task[dict[str, object]]] = set()
 
     async def delete_model(self, model: str) -> int:
         """Delete a model, complete, incomplete or arriving, with the blobs that only it needs. Returns bytes freed.
@@ -140,10 +139,7 @@ class DeletionService:
             restart_wait_s=_FETCHER_RESTART_WAIT_S,
         )
         # Once begun it completes, even past the command's deadline: half a deletion would make the ledger wrong.
-        deleting = asyncio.create_task(self._delete(ref, revision))
-        self._deleting.add(deleting)
-        deleting.add_done_callback(self._deleting.discard)
-        return await asyncio.shield(deleting)
+        return await self._context.detached.run(self._delete(ref, revision))
 
     async def _delete(self, ref: ModelRef, revision: str) -> dict[str, object]:
         freed = 0

@@ -8,6 +8,8 @@ import time
 from msgspec import structs
 
 from shoal_common.bus.kv_mirror import KvMirror
+from shoal_common.concurrency.cancellation import run_to_completion
+from shoal_common.concurrency.single_flight import SingleFlight
 from shoal_common.errors import BadInput, Corrupt, NotFound, Unavailable
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages.envelope import Empty
@@ -84,7 +86,7 @@ class FetchApi:
         self.evictions = EvictionExecutor(
             context, store, ledger, settings, usage, publisher, self.deletions.delete_model
         )
-        self._committing: dict[str, asyncio.Task[CommittedBlob]] = {}
+        self._committing = SingleFlight[CommittedBlob]()
 
     @property
     def section(self) -> asyncio.Lock:
@@ -181,12 +183,8 @@ class FetchApi:
     async def commit(self, request: CommitBlob) -> CommittedBlob:
         """Verify a whole partial blob and commit it. Concurrent requests for one blob share the work."""
         blob = check_blob(request.blob)
-        task = self._committing.get(blob)
-        if task is None:
-            task = asyncio.create_task(self._commit(blob, request.leaf_list_digest))
-            self._committing[blob] = task
-            task.add_done_callback(lambda _: self._committing.pop(blob, None))
-        return await asyncio.shield(task)
+        # Once begun it completes: half a commit would make the ledger wrong.
+        return await self._committing(blob, lambda: run_to_completion(self._commit(blob, request.leaf_list_digest)))
 
     async def _commit(self, blob: str, leaf_list_digest: str) -> CommittedBlob:
         partial = self._ledger.arrivals.partials.get(blob)

@@ -82,7 +82,6 @@ class Verifier:
         self._scrub_bytes_per_s = scrub_bytes_per_s
         self._hash_lock = asyncio.Lock()
         self._waiting_commands = 0
-        self._quarantining: set[asyncio.Task[None]] = set()
         self._verified_s: dict[str, float] = {}
         self._first_name = os.urandom(32).hex()
 
@@ -174,10 +173,7 @@ class Verifier:
             await self._handle_bad_library_blob(sha256, checked, report)
             return
         # Shielded from the command's deadline: stopping halfway would leave the ledger wrong.
-        task = asyncio.create_task(self._handle_bad_blob(sha256, checked, report))
-        self._quarantining.add(task)
-        task.add_done_callback(self._quarantining.discard)
-        await asyncio.shield(task)
+        await self._context.detached.run(self._handle_bad_blob(sha256, checked, report))
 
     async def _write_leaf_hashes(self, checked: blob_check.VerificationResult) -> None:
         async with self._section:
