@@ -1,6 +1,6 @@
 """A libtorrent peer as a process, controlled by lines on stdin: the baseline of `fanout.py`.
 
-    python bench/torrent.py ADDRESS PORT
+    python bench/libtorrent_peer.py ADDRESS PORT
     > seed DIRECTORY TORRENT            create the torrent of DIRECTORY and seed it
     > leech DIRECTORY TORRENT HOST:PORT …   download it from these peers; prints `done` at the end
 

@@ -1,6 +1,6 @@
 """A volume, which is a second disk for blobs: create it, open it, check whether it is mounted. Blocking: for threads.
 
-    <volume>/VERSION      `volume 1 <id>`, 16 hexadecimal digits; written last when a volume is created
+    <volume>/VERSION      `further 1 <id>`, 16 hexadecimal digits; written last when a volume is created
     <volume>/lock         held by the storage service that uses the volume; names the holder
     <volume>/ballast, blobs/sha256/, partial/, tombs/, quarantine/    as in a store
     <store>/volumes/<id>    symbolic link to the volume; durable before anything is written to the volume
