@@ -1,4 +1,4 @@
-"""docs/decisions/: the index lists every page, and pages name only what exists."""
+"""docs/decisions/ has an index that lists every page, and pages of one form."""
 
 from __future__ import annotations
 
@@ -26,11 +26,3 @@ def test_a_decision_has_its_number_and_the_four_headings(page: Path) -> None:
     assert lines[0].startswith(f"# {int(page.name[:4])}. ")
     assert [line.removeprefix("## ") for line in lines if line.startswith("## ")] == HEADINGS
     assert len(lines) <= MAX_LINES
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
-def test_every_path_that_a_decision_names_exists(page: Path) -> None:
-    """A path is what has a slash and begins with a directory, or a file, of the repository."""
-    tops = {p.name for p in ROOT.iterdir()}
-    named = {name for name in re.findall(r"`([\w./-]+)`", page.read_text()) if name.split("/")[0] in tops}
-    assert not {name for name in named if not (ROOT / name).exists()}

@@ -33,6 +33,14 @@ def test_every_module_that_a_page_names_exists(page: Path) -> None:
         assert any(str(p).endswith(f"/{name}") for p in SOURCES), f"{page.name} names {name}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_path_that_a_page_names_exists(page: Path) -> None:
+    """A path is in backticks, has a slash, and begins with a file or a directory at the top of the repository."""
+    tops = {p.name for p in ROOT.iterdir()}
+    named = {n for n in re.findall(r"`([\w.-]+/[\w./-]+)`", page.read_text()) if n.split("/")[0] in tops}
+    assert not {name for name in named if not (ROOT / name).exists()}
+
+
 @cache
 def names_of_tests() -> set[str]:
     """Return the names of all test modules and test functions."""
