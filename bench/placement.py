@@ -3,8 +3,8 @@
 Correctness is checked against brute force on small clusters, against HiGHS on medium ones (if highspy is installed),
 and against an independent check of what fits. Speed is measured on previews, which are the best layout over each
 number of nodes, of 16, 32 and 1000 nodes, with realistic models and machines (tests/placement/random_clusters.py),
-for one request in flight, eight, and as many as stages. The baseline is exo's rule: the fewest nodes whose total memory
-is enough, of those with the most of it, and layers in proportion to it.
+for one request in flight, eight, and as many as stages. The baseline is exo's rule: the fewest nodes whose total
+memory is enough, of those with the most of it, and layers in proportion to it.
 """
 
 from __future__ import annotations
