@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from shoal_common.bus.keys import instance_key
+from shoal_common.bus.keys import instance_key, model_key
 from shoal_common.bus.kv_mirror import KvMirror
 from shoal_common.config import Config
 from shoal_common.errors import Corrupt, NotFound, Unavailable
 from shoal_common.host.sd_notify import ServiceManagerNotifier
 from shoal_common.liveness.liveness import Liveness
 from shoal_common.messages.instances import InstanceSpec
-from shoal_common.messages.storage import CommitBlob, Delete, Release, Reserve
+from shoal_common.messages.storage import CommitBlob, Delete, Release, Reserve, SealModel
 from shoal_common.service import ServiceContext
 from shoal_storage.files.hashing import FileHashes
 from shoal_storage.handlers import fetch
@@ -29,7 +29,7 @@ from shoal_storage.startup import recover_store
 from shoal_storage.store.partials import verify_partial
 from shoal_storage.store.store import Store
 from tests.harness.nats import Joined, NatsServer, joined
-from tests.storage.store_fixtures import Model, check_invariants, files_below, put
+from tests.storage.store_fixtures import Model, check_invariants, files_below, put, sha256
 
 Fresh = Callable[[str], str]
 GATE_DEADLINE_S = 45.0
@@ -66,7 +66,7 @@ class Held:
         liveness = Liveness(here.buckets.live, node, "storage")
         context = ServiceContext(config, {}, here.nats, liveness, ServiceManagerNotifier({}))
         limits = StorageSettings(quota_bytes=None, headroom_bytes=0)
-        self.disk = GatedDisk(config.store)
+        self.node, self.disk = node, GatedDisk(config.store)
         self.disk.open()
         self.ledger = recover_store(self.disk)
         self.specs = KvMirror("spec")
@@ -138,3 +138,26 @@ async def test_I4_nothing_is_deleted_while_instances_are_unknown(
             await held.guard.deletions.delete(Delete(model="org/model"), "id")
         assert files_below(held.disk.layout.root) == before
         await here.buckets.spec.delete(instance_key(name))
+
+
+async def test_I2_a_seal_that_finds_blobs_gone_unpublishes_their_models(
+    nats: NatsServer, fresh: Fresh, tmp_path: Path
+) -> None:
+    shared = b"w" * 3000
+    first, second = Model("org/first", {"w.bin": shared}), Model("org/second", {"w.bin": shared, "own.bin": b"own"})
+    async with holding(nats, tmp_path, fresh("guard")) as held, joined(nats) as here:
+        held.disk.gate.set()
+        for model in (first, second):
+            for blob in (await held.guard.reserve(Reserve(manifest=model.manifest))).missing:
+                put(held.disk.layout, blob, model.blobs[blob])
+                await held.guard.commit(CommitBlob(blob=blob))
+            if model is first:
+                await held.guard.seal(SealModel(manifest=model.sealed))
+        key = model_key(held.node, first.name)
+        assert await here.buckets.state.get(key) is not None
+        held.disk.layout.blob(sha256(shared)).unlink()
+        with pytest.raises(NotFound, match="is missing"):
+            await held.guard.seal(SealModel(manifest=second.sealed))
+        assert await here.buckets.state.get(key) is None
+        assert held.ledger.incomplete.keys() == {first.name} and not held.ledger.manifests
+        held.disk.layout.manifest(first.manifest.repo, first.manifest.commit).unlink()  # for the check of I2

@@ -57,6 +57,12 @@ class Ledger:
     """Verified shards, by `org/name@commit`. Their reservations stay."""
     sha256_by_git_name: Final[Mapping[str, str]]
     """The sha256 of each committed blob that was named by git's sha1: `git-<sha1>` to sha256."""
+    arrivals: Final[Arrivals]
+    """Reservations, and partial blobs."""
+    libraries: Final[LibraryModels]
+    """The models of libraries, which are present too."""
+    uses: Final[ModelUses]
+    """Pins, leases and last uses."""
 
     def __init__(self, volumes: BlobVolumes | None = None) -> None:
         self._volumes = volumes or BlobVolumes()
