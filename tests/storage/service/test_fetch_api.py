@@ -140,7 +140,7 @@ async def test_I4_nothing_is_deleted_while_instances_are_unknown(
         await here.buckets.spec.delete(instance_key(name))
 
 
-async def test_I2_a_seal_that_finds_blobs_gone_unpublishes_their_models(
+async def test_I2_blobs_found_missing_at_a_seal_unpublish_models(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
     shared = b"w" * 3000

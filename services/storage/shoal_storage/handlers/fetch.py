@@ -253,7 +253,7 @@ class FetchApi:
             # A commit never changes: the sealed manifest stays, and only gains names and leaf list digests.
             manifest = structs.replace(stored or manifest, revisions=names)
             await asyncio.to_thread(self._store.require_present)
-            await self._lose_blobs(await asyncio.to_thread(self._store.missing_blobs, manifest))
+            await self._mark_missing(await asyncio.to_thread(self._store.missing_blobs, manifest))
             require_all_blobs(manifest, self._ledger)
             manifest = await asyncio.to_thread(leaf_hash_file.with_leaf_list_digests, self._store.layout, manifest)
             if manifest == stored:
@@ -271,9 +271,9 @@ class FetchApi:
         log.info("model ready", model=manifest.model, size_bytes=manifest.size_bytes)
         return state
 
-    async def _lose_blobs(self, blobs: list[str]) -> None:
+    async def _mark_missing(self, blobs: list[str]) -> None:
         """Drop blobs that were deleted by hand meanwhile, and unpublish the models that need them."""
-        for model in self._ledger.lose_blobs(blobs, also_in_libraries=True):
+        for model in self._ledger.mark_missing(blobs, also_in_libraries=True):
             log.warning("model is incomplete, blobs were deleted; pull it again", model=model)
             await self._publisher.unpublish_model(model)
 

@@ -226,7 +226,7 @@ class Verifier:
                 return  # an unmounted disk loses nothing
             else:
                 report.missing.append(sha256)
-                models = self._ledger.lose_blobs([sha256])
+                models = self._ledger.mark_missing([sha256])
             instances = await self._integrity.unpublish(models)
             report.models += models
             report.instances += instances

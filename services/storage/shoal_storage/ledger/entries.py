@@ -29,7 +29,7 @@ class PartialBlobInfo(msgspec.Struct, frozen=True):
     durable_leaves: int = 0
     """Durable leaves, as of the last reservation. Only used when no model wants the whole blob."""
     arrival: int = 0
-    """Set by the ledger: a blob that is dropped and reserved again arrives anew, and its bytes may be others."""
+    """Set by the ledger: a blob that is dropped and reserved again has another, and maybe other bytes."""
 
     @property
     def _is_sparse(self) -> bool:

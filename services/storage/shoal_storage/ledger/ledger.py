@@ -186,12 +186,12 @@ class Ledger:
         copies = self._redundant_copies.pop(blob, {})
         return self._discard_blob(blob) + sum(copies.values())
 
-    def lose_blobs(self, blobs: Iterable[str], also_in_libraries: bool = False) -> list[str]:
+    def mark_missing(self, blobs: Iterable[str], also_in_libraries: bool = False) -> list[str]:
         """Drop blobs whose file is gone, replaced or corrupt. Returns the models that are incomplete now."""
         for blob in set(blobs):
             self._discard_blob(blob)
             if also_in_libraries:
-                self.libraries.lose_blob(blob)
+                self.libraries.mark_missing(blob)
         return self._mark_incomplete_models()
 
     def _discard_blob(self, blob: str) -> int:
@@ -222,9 +222,9 @@ class Ledger:
         self._redundant_copies.pop(blob, None)
 
     def add_unverified(self, blob: str, stat: BlobFileStat) -> None:
-        """Add a file with a blob's name, on the volume that its stat names. A blob that it replaces is lost."""
+        """Add a file with a blob's name, on the volume that its stat names. A blob that it replaces is missing."""
         if blob in self._blobs:
-            self.lose_blobs([blob])
+            self.mark_missing([blob])
         if blob in self._corrupt and not stat.same_file(self._corrupt[blob]):
             del self._corrupt[blob]
         self._unverified[blob] = stat
@@ -244,7 +244,7 @@ class Ledger:
         """Move a corrupt blob to quarantine. Returns the models that are incomplete now."""
         self._quarantined.add(blob)
         self._repairable.pop(blob, None)
-        return self.lose_blobs([blob])
+        return self.mark_missing([blob])
 
     def add_quarantined(self, blobs: Iterable[str]) -> None:
         """Add blobs that were found in quarantine."""
@@ -279,7 +279,7 @@ class Ledger:
             self.arrivals.drop_partial(blob)
         for blob in here(self._quarantined):
             self.drop_quarantined(blob)
-        lost = self.lose_blobs(here(self._blobs))
+        lost = self.mark_missing(here(self._blobs))
         self._volumes.forget_volume(volume_id)
         return lost
 

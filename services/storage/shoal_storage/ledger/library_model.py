@@ -79,6 +79,6 @@ class LibraryModels:
         replace_entries(self._blobs, blobs)
         replace_entries(self._sha256_by_git_name, sha256_by_git_name)
 
-    def lose_blob(self, blob: str) -> None:
+    def mark_missing(self, blob: str) -> None:
         """Drop a blob whose file is gone, until the next scan of its library."""
         self._blobs.pop(blob, None)

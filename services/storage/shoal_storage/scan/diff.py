@@ -103,7 +103,7 @@ def apply_diff(diff: StoreDiff, ledger: Ledger) -> DiffResult:
         ledger.drop_manifest(model)
     for manifest in diff.changed_manifests.values():
         ledger.add_manifest(manifest)
-    ledger.lose_blobs(diff.lost_blobs)
+    ledger.mark_missing(diff.lost_blobs)
     for sha256 in diff.unverified_gone:
         ledger.drop_unverified(sha256)
     for sha256, stamp in diff.unverified.items():

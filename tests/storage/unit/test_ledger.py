@@ -22,7 +22,7 @@ from shoal_storage.ledger.library_model import FileStat, LibraryFile, LibraryMod
 from shoal_storage.ledger.references import referenced_blobs
 from shoal_storage.ledger.uses import ModelUses
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 COMMIT = "c" * 40
 SIZES = {f"{n:064x}": size for n, size in enumerate([0, 1, 70, LEAF_BYTES + 5, 3 * LEAF_BYTES])}
 GIT_NAMES = {f"git-{n:040x}": blob for n, blob in enumerate(SIZES)}
@@ -88,9 +88,9 @@ class LedgerMachine(RuleBasedStateMachine):
             self.ledger.drop_unverified(blob)
 
     @rule(blobs=BLOB_SETS, also_in_libraries=st.booleans())
-    def lose(self, blobs: set[str], also_in_libraries: bool) -> None:
+    def find_missing(self, blobs: set[str], also_in_libraries: bool) -> None:
         complete_before = set(self.ledger.manifests)
-        lost = self.ledger.lose_blobs(blobs, also_in_libraries)
+        lost = self.ledger.mark_missing(blobs, also_in_libraries)
         assert set(lost) == complete_before - self.ledger.manifests.keys() <= self.ledger.incomplete.keys()
         assert not blobs & self.ledger.blobs.keys()
 
@@ -195,7 +195,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.only_known_blobs_have_a_volume_or_a_git_name()
         assert not arrivals.is_same_arrival(name, partial)
         arrivals.reserve_blob(name, partial.size_bytes, NAMES[0])
-        assert not arrivals.is_same_arrival(name, partial), "it arrives anew"
+        assert not arrivals.is_same_arrival(name, partial), "it arrives again"
 
     @rule(model=MODEL, sha256=BLOB)
     def end_or_abandon(self, model: str, sha256: str) -> None:
