@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 
 from shoal_cli.node import control
 from shoal_cli.node.children import nats_process, orphans
@@ -29,6 +30,7 @@ from shoal_cli.node.node_plan import (
 from shoal_cli.node.ports import check_gateway_port, free_port
 from shoal_cli.node.startup_report import StartupReport, not_ready
 from shoal_cli.node_home import Home
+from shoal_common.concurrency.notifier import Notifier
 from shoal_common.config import is_loopback
 from shoal_common.errors import BadMessage, Expired, NotFound, Unavailable
 from shoal_common.host.addresses import join_host
@@ -53,7 +55,7 @@ class Supervisor:
         self._gateway = ""
         self._started_at_s = time.time()
         self._stopping = asyncio.Event()
-        self._changed = asyncio.Event()
+        self._changed = Notifier()
         self._recorded: set[int] = set()
 
     async def run(self, on_started: Callable[[StartupReport], None]) -> None:
@@ -97,11 +99,15 @@ class Supervisor:
     def _on_signal(self) -> None:
         if not self._stopping.is_set():
             self._print("stopping; Ctrl-C again kills")
-            self._stopping.set()
+            self._stop()
             return
         log.warning("second stop signal: killing all children")
         for child in self._children.values():
             child.kill()
+
+    def _stop(self) -> None:
+        self._stopping.set()
+        self._changed.notify()
 
     # Starting
 
@@ -194,26 +200,15 @@ class Supervisor:
         if pids - self._recorded:
             orphans.record(self._home, pids)
         self._recorded = pids
-        self._changed.set()
-        self._changed = asyncio.Event()
+        self._changed.notify()
         if text and not self._stopping.is_set():
             self._print(text)
 
     async def _wait_for(self, condition: Callable[[], bool], deadline_s: float) -> bool:
         """Return whether the condition became true before the deadline and before the stop signal."""
-        stopped = asyncio.ensure_future(self._stopping.wait())
-        try:
+        with suppress(TimeoutError):
             async with asyncio.timeout(deadline_s):
-                while not (condition() or stopped.done()):
-                    changed = asyncio.ensure_future(self._changed.wait())
-                    try:
-                        await asyncio.wait({changed, stopped}, return_when=asyncio.FIRST_COMPLETED)
-                    finally:
-                        changed.cancel()
-        except TimeoutError:
-            pass
-        finally:
-            stopped.cancel()
+                await self._changed.wait_until(lambda: condition() or self._stopping.is_set())
         return condition()
 
     # The control socket
@@ -235,7 +230,7 @@ class Supervisor:
                 return await self._restart(request.service)
             case "stop":
                 # Answered first: the reply says which process stops; the lock shows when it has.
-                asyncio.get_running_loop().call_soon(self._stopping.set)
+                asyncio.get_running_loop().call_soon(self._stop)
                 return {"pid": os.getpid()}
         raise BadMessage(f"unknown request {request.op[:80]!r}: the supervisor knows status, restart and stop")
 

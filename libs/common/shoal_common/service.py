@@ -144,7 +144,7 @@ async def _ensure_after_reconnects(nats: Nats, replicas: int, liveness: Liveness
                 old, created_at = created_at, await kv_created_at(nats.js)
                 if created_at != old:
                     log.warning("NATS lost its store; publishing this service's state again")
-                    nats.store_wipes.increment()
+                    nats.store_wipes.notify()
         await cluster_clock.sync_from_nats(nats.client)
 
 

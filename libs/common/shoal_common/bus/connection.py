@@ -10,6 +10,7 @@ import nats
 from nats.js import JetStreamContext
 
 from shoal_common.bus.nats_client import NatsClient, patch_wait_for
+from shoal_common.concurrency.notifier import Notifier
 from shoal_common.errors import Denied, Unavailable
 from shoal_common.logs import StructuredLogger
 
@@ -21,34 +22,15 @@ DRAIN_TIMEOUT_S = 5
 REQUEST_TIMEOUT_S = 5.0
 
 
-class ReconnectCounter:
-    """Counts connections. State that a restarted NATS may have lost is created again after each."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._changed = asyncio.Event()
-
-    def increment(self) -> None:
-        """Record that the client has reconnected."""
-        self.count += 1
-        self._changed.set()
-        self._changed = asyncio.Event()
-
-    async def wait_after(self, seen: int) -> int:
-        """Return once there was a connection after number `seen`."""
-        while self.count <= seen:
-            await self._changed.wait()
-        return self.count
-
-
 class Nats:
     """A process's connection, its JetStream context, and its count of reconnections."""
 
-    def __init__(self, client: NatsClient, reconnects: ReconnectCounter) -> None:
+    def __init__(self, client: NatsClient, reconnects: Notifier) -> None:
         self.client = client
         self.js: JetStreamContext = client.jetstream(timeout=REQUEST_TIMEOUT_S)
         self.reconnects = reconnects
-        self.store_wipes = ReconnectCounter()
+        """Reconnections: state that a restarted NATS may have lost is created again after each."""
+        self.store_wipes = Notifier()
         """Connections at which NATS had lost its store; counted by a service's main loop."""
 
     @property
@@ -64,7 +46,7 @@ async def connected(servers: list[str], name: str, timeout_s: float | None = Non
     Raises Unavailable after `timeout_s`, Denied if the server refuses the credentials.
     """
     patch_wait_for()
-    reconnects = ReconnectCounter()
+    reconnects = Notifier()
     denied: list[str] = []
 
     async def on_error(e: Exception) -> None:
@@ -78,7 +60,7 @@ async def connected(servers: list[str], name: str, timeout_s: float | None = Non
 
     async def on_reconnect() -> None:
         log.info("reconnected to NATS")
-        reconnects.increment()
+        reconnects.notify()
 
     client = NatsClient()
     connecting = asyncio.ensure_future(

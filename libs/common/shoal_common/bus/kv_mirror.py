@@ -22,6 +22,7 @@ from nats.js.api import AckPolicy, ConsumerInfo, DeliverPolicy
 from shoal_common.bus.connection import Nats
 from shoal_common.bus.kv_bucket import KV_MARKERS
 from shoal_common.bus.streams import retry_while_nats_down
+from shoal_common.concurrency.notifier import Notifier
 from shoal_common.errors import BadMessage, Unavailable
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages import decode
@@ -43,7 +44,6 @@ class KvMirror:
 
     def __init__(self, bucket: str) -> None:
         self.bucket = bucket
-        self.changes = 0
         self.key_changes = 0
         """Number of keys that were added or removed; a new value of an existing key does not count."""
         self.revision = 0
@@ -51,7 +51,12 @@ class KvMirror:
         self._values: dict[str, bytes] = {}
         self._decoded: dict[str, dict[type, object]] = {}
         self._complete = asyncio.Event()
-        self._changed = asyncio.Event()
+        self._changed, self._advanced = Notifier(), Notifier()
+
+    @property
+    def changes(self) -> int:
+        """Number of changes so far."""
+        return self._changed.count
 
     def get(self, key: str, kind: type[T]) -> T | None:
         """Return a key's value, decoded once per change. A value that does not decode is absent, and logged."""
@@ -84,9 +89,7 @@ class KvMirror:
 
     async def wait_changed(self, seen: int) -> int:
         """Return the change count once it exceeds `seen`."""
-        while self.changes <= seen:
-            await self._changed.wait()
-        return self.changes
+        return await self._changed.wait_after(seen)
 
     async def wait_for(self, wanted: Callable[[KvMirror], T | None], deadline_s: float) -> T | None:
         """Call `wanted` at each change until it returns a value; None if the deadline passes first."""
@@ -103,8 +106,7 @@ class KvMirror:
 
     async def wait_revision(self, revision: int) -> None:
         """Return once the mirror holds everything up to a revision."""
-        while self.revision < revision:
-            await self._changed.wait()
+        await self._advanced.wait_until(lambda: self.revision >= revision)
 
     async def wait_loaded(self, deadline_s: float) -> None:
         """Return once the first snapshot is complete. Raises TimeoutError."""
@@ -123,29 +125,24 @@ class KvMirror:
             self._values[key] = value
         self.key_changes += before is None or value is None
         self._decoded.pop(key, None)
-        self._notify_changed()
+        self._changed.notify()
 
     def replace(self, values: dict[str, bytes], revision: int = 0) -> None:
         """Replace everything with a new snapshot, after a reconnection."""
         self.revision = revision
+        self._advanced.notify()
         if values != self._values:
             self.key_changes += values.keys() != self._values.keys()
             self._values, self._decoded = values, {}
-            self._notify_changed()
+            self._changed.notify()
         if not self._complete.is_set():
             self._complete.set()
-            self._notify_changed()
+            self._changed.notify()
 
     def _advance(self, revision: int) -> None:
         if revision > self.revision:
             self.revision = revision
-            self._changed.set()
-            self._changed = asyncio.Event()
-
-    def _notify_changed(self) -> None:
-        self.changes += 1
-        self._changed.set()
-        self._changed = asyncio.Event()
+            self._advanced.notify()
 
 
 async def any_changed(mirrors: Sequence[KvMirror], seen: Sequence[int], deadline_s: float | None = None) -> None:

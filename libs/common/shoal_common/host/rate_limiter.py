@@ -6,6 +6,8 @@ import asyncio
 import time
 from collections.abc import Callable
 
+from shoal_common.concurrency.notifier import Notifier
+
 _BURST_S = 0.1
 
 
@@ -19,7 +21,7 @@ class RateLimiter:
     def __init__(self, bytes_per_s: int | None = None, clock_s: Callable[[], float] = time.monotonic) -> None:
         self._rate, self._clock_s = bytes_per_s, clock_s
         self._free_at_s = clock_s()
-        self._changed = asyncio.Event()
+        self._changed = Notifier()
 
     @property
     def bytes_per_s(self) -> int | None:
@@ -34,8 +36,7 @@ class RateLimiter:
         owed_bytes = max(self._free_at_s - now_s, 0.0) * (self._rate or 0)
         self._rate = bytes_per_s
         self._free_at_s = now_s + owed_bytes / bytes_per_s if bytes_per_s else now_s
-        self._changed.set()
-        self._changed = asyncio.Event()
+        self._changed.notify()
 
     async def acquire(self, count: int) -> None:
         """Return when `count` bytes may pass."""
@@ -46,7 +47,8 @@ class RateLimiter:
         due_s, rate = self._free_at_s, self._rate
         while self._rate and (wait_s := due_s - self._clock_s()) > 0:
             try:
-                await asyncio.wait_for(self._changed.wait(), wait_s)
+                async with asyncio.timeout(wait_s):
+                    await self._changed.wait_after(self._changed.count)
             except TimeoutError:
                 return
             if self._rate:

@@ -14,6 +14,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 
 from shoal_common.bus.cluster_lease import ClusterLease, acquire, hold
 from shoal_common.bus.keys import origin_key
+from shoal_common.concurrency.notifier import Notifier
 from shoal_common.errors import Corrupt, InternalError, ShoalError, Unavailable
 from shoal_common.logs import StructuredLogger
 from shoal_common.store.bitmap import LEAF_BYTES
@@ -179,7 +180,7 @@ class Origin:
         """The error that ends the attempt."""
         self._task: asyncio.Task[None] | None = None
         self._retry_at_s = self._rate_limited_until_s = 0.0
-        self._leaves_changed = asyncio.Event()
+        self._leaves_changed = Notifier()
 
     def is_rate_limited(self, now_s: float) -> bool:
         """Return whether it waits because the hub asked it to."""
@@ -187,11 +188,10 @@ class Origin:
 
     def notify(self) -> None:
         """Wake the reader: leaves have become ready, or another node has new ones."""
-        self._leaves_changed.set()
-        self._leaves_changed = asyncio.Event()
+        self._leaves_changed.notify()
 
     async def _wait_leaves(self) -> None:
-        await self._leaves_changed.wait()
+        await self._leaves_changed.wait_after(self._leaves_changed.count)
 
     def start_if_needed(self, now_s: float) -> None:
         """Become the origin if one is needed and there is none."""
@@ -336,7 +336,7 @@ class Origin:
             node_context.read_counts[source] += 1
         try:
             while fetch.missing():
-                leaves_changed = self._leaves_changed
+                seen = self._leaves_changed.count
                 fetch.progress.set_waiting_for("") if missing() else None
                 await read_missing(
                     fetch.partial,
@@ -351,7 +351,7 @@ class Origin:
                 if fetch.missing():
                     with suppress(TimeoutError):
                         async with asyncio.timeout(_POLL_INTERVAL_S):
-                            await leaves_changed.wait()
+                            await self._leaves_changed.wait_after(seen)
         finally:
             if source is not None:
                 node_context.read_counts[source] -= 1

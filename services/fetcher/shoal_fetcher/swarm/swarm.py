@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack, suppress
 
 import msgspec
 
+from shoal_common.concurrency.notifier import Notifier
 from shoal_common.errors import Corrupt, NotFound, ShoalError, Unavailable
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages.swarm import HaveMessage
@@ -70,7 +71,7 @@ class Swarm:
         self._partial, self._node_context, self._health = fetch.partial, fetch.node_context, fetch.health
         self._draw = random.Random()
         self._loop = asyncio.get_running_loop()
-        self._changed = asyncio.Event()
+        self._changed = Notifier()
         self._reachable_leaves: tuple[tuple[int, ...], dict[str, int]] | None = None
         self._known: dict[str, _Peer] = {}
         self._runs: list[_Run] = []
@@ -96,7 +97,7 @@ class Swarm:
     def notify(self) -> None:
         """Wake the main loop after a change."""
         self._reachable_leaves = None
-        self._changed.set()
+        self._changed.notify()
 
     async def run(self) -> str:
         """Fetch all that is wanted. Returns the digest of the sealed leaf list; "" if only some leaves were wanted.
@@ -118,11 +119,11 @@ class Swarm:
                 now_s = self._loop.time()
                 self._lists.refresh(self._reachable(), now_s)
                 self._origin.start_if_needed(now_s)
-                self._changed.clear()
+                seen = self._changed.count
                 wait_s = self._send_requests(now_s)
                 with suppress(TimeoutError):
                     async with asyncio.timeout(wait_s):
-                        await self._changed.wait()
+                        await self._changed.wait_after(seen)
         finally:
             watching.cancel()
             for request in self._runs:

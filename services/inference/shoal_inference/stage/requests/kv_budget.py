@@ -7,9 +7,7 @@ from its tokens so far. The oldest never does, so one always goes on to its end.
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
-
+from shoal_common.concurrency.notifier import Notifier
 from shoal_common.models.kv_cache import cache_steps
 
 
@@ -29,7 +27,7 @@ class KvBudget:
         """First who is next."""
         self._growing: set[bytes] = set()
         self._leaving: set[bytes] = set()
-        self._changed = asyncio.Event()
+        self._changed = Notifier()
 
     @property
     def free_steps(self) -> int:
@@ -43,13 +41,13 @@ class KvBudget:
         """
         self._waiting.insert(0 if again else len(self._waiting), key)
         try:
-            await self._until(
+            await self._changed.wait_until(
                 lambda: self._waiting[0] == key and not self._growing and cache_steps(tokens) <= self.free_steps
             )
             self._taken[key] = cache_steps(tokens)
         finally:
             self._waiting.remove(key)
-            self._tell()
+            self._changed.notify()
 
     async def extend(self, key: bytes, tokens: int) -> None:
         """Have room for so many tokens in all, and wait until younger ones have given it.
@@ -62,11 +60,11 @@ class KvBudget:
             try:
                 while more > self.free_steps and key not in self._leaving:
                     self._preempt_youngest(key, more)
-                    self._tell()
-                    await self._until(lambda: key in self._leaving or more <= self.free_steps)
+                    self._changed.notify()
+                    await self._changed.wait_until(lambda: key in self._leaving or more <= self.free_steps)
             finally:
                 self._growing.discard(key)
-                self._tell()
+                self._changed.notify()
         if key in self._leaving:
             raise Preempted
         self._taken[key] += max(more, 0)
@@ -75,7 +73,7 @@ class KvBudget:
         """Give all of it back."""
         self._leaving.discard(key)
         if self._taken.pop(key, None) is not None:
-            self._tell()
+            self._changed.notify()
 
     def _preempt_youngest(self, key: bytes, more: int) -> None:
         """Have the youngest leave until there is enough; the one that asks is among them, the oldest never is."""
@@ -87,11 +85,3 @@ class KvBudget:
             if youngest == key:
                 return
             free += self._taken[youngest]
-
-    async def _until(self, so: Callable[[], bool]) -> None:
-        while not so():
-            await self._changed.wait()
-
-    def _tell(self) -> None:
-        self._changed.set()
-        self._changed = asyncio.Event()

@@ -8,8 +8,10 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 
 from shoal_common.concurrency.backoff import Backoff
+from shoal_common.concurrency.notifier import Notifier
 from shoal_common.logs import StructuredLogger
 from shoal_inference.stage.errors import LinkClosed, LinkError
 from shoal_inference.stage.ring import connection
@@ -43,7 +45,7 @@ class Successor:
         self._up = up
         self._down = down
         self._address: tuple[str, int] | None = None
-        self._changed = asyncio.Event()
+        self._changed = Notifier()
         self._logged_unreachable: tuple[str, int] | None = None
         self._live: Connection | None = None
 
@@ -57,7 +59,7 @@ class Successor:
         if self._live is not None and self._address != (host, port):
             self._live.break_off(LinkClosed(f"the next stage moved to {host}:{port}"))
         self._address = (host, port)
-        self._changed.set()
+        self._changed.notify()
 
     def post(self, frame: Frame) -> None:
         """Queue a small frame; raises LinkError when there is no link."""
@@ -71,17 +73,17 @@ class Successor:
         """For ever: connect, watch, connect again."""
         failures = 0
         while True:
+            seen = self._changed.count
             if self._address is None:
-                await self._changed.wait()
+                await self._changed.wait_after(seen)
                 continue
-            self._changed.clear()
             host, port = self._address
             try:
                 live = await connection.connect(host, port, self._member, self._ring, self._timeout_s)
             except LinkError as error:
                 failures += 1
                 self._log_unreachable((host, port), error)
-                await self._pause(_RECONNECT_BACKOFF.delay_s(failures))
+                await self._pause(_RECONNECT_BACKOFF.delay_s(failures), seen)
                 continue
             if self._address != (host, port):
                 live.break_off(LinkClosed("the next stage moved"))
@@ -94,7 +96,7 @@ class Successor:
             live.break_off(reason)
             self._live = None
             self._down(reason)
-            await self._pause(_RECONNECT_BACKOFF.first_s)
+            await self._pause(_RECONNECT_BACKOFF.first_s, seen)
 
     def _log_unreachable(self, address: tuple[str, int], error: LinkError) -> None:
         """Log once for each address: the attempts go on for ever, and a dead neighbour must not fill the log."""
@@ -112,12 +114,10 @@ class Successor:
             self._logged_unreachable = None
             log.info("next stage is reachable", peer_rank=self._member.successor, peer_node=self._node)
 
-    async def _pause(self, seconds: float) -> None:
-        try:
-            async with asyncio.timeout(seconds):
-                await self._changed.wait()
-        except TimeoutError:
-            pass
+    async def _pause(self, delay_s: float, seen: int) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(delay_s):
+                await self._changed.wait_after(seen)
 
     def _connected(self) -> Connection:
         if self._live is None:
