@@ -13,7 +13,7 @@ help:
 	@echo "make test    run lint, types and all tests"
 	@echo "make bench   run the benchmarks and write docs/benchmarks.md"
 	@echo "make chaos   inject faults into a cluster and check it   (CHAOS_ROUNDS, CHAOS_SEED, CHAOS_KINDS)"
-	@echo "make docs    write the field tables of docs/protocol.md from the messages"
+	@echo "make docs    write the tables of docs/protocol.md and docs/settings.md from the code"
 	@echo "make hooks   check each commit before it is made     make format    format the code"
 	@echo "make lock    pin the requirements again"
 
@@ -68,6 +68,7 @@ chaos: setup
 
 docs: setup
 	$(BIN)/python scripts/protocol_fields.py
+	$(BIN)/python scripts/settings_tables.py
 
 bench: $(VENV)/.bench
 	@scripts/system-packages.sh bench

@@ -34,13 +34,13 @@ sys.path[:0] = [str(ROOT)]
 from figures import Figure, figure, interleaved, report  # noqa: E402  # after the path is set
 from shoal_common.messages import encode  # noqa: E402
 from shoal_common.messages.manifest import Manifest, ManifestFile  # noqa: E402
+from shoal_common.settings.node import StorageSettings  # noqa: E402
 from shoal_common.store.leaf_hash import HASH_BYTES  # noqa: E402
 from shoal_common.store.store_paths import StorePaths  # noqa: E402
 from shoal_common.store.verification_stamp import write_stamp  # noqa: E402
 from shoal_storage.admission.admission import admit  # noqa: E402
 from shoal_storage.eviction.planner import plan_eviction  # noqa: E402
 from shoal_storage.ledger.ledger import Ledger  # noqa: E402
-from shoal_storage.settings import StorageSettings  # noqa: E402
 from shoal_storage.startup import recover_store  # noqa: E402
 from shoal_storage.store.store import Store  # noqa: E402
 from shoal_storage.store.views import build_view  # noqa: E402

@@ -24,6 +24,7 @@ import msgspec
 from shoal_common import messages
 from shoal_common.messages import WireStruct
 from shoal_common.messages.envelope import Command
+from shoal_common.settings.declaration import Setting
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "protocol.md"
@@ -102,7 +103,9 @@ def type_text(kind: Any) -> str:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if _is_struct(kind):
         return _link(kind.__name__)
-    if origin is list:
+    if origin is typing.Annotated:
+        return type_text(arguments[0])
+    if origin in (list, tuple):
         return f"list of {type_text(arguments[0])}"
     if origin is dict:
         return f"map of {type_text(arguments[0])} to {type_text(arguments[1])}"
@@ -112,6 +115,18 @@ def type_text(kind: Any) -> str:
         members = [type_text(a) for a in arguments if a not in (types.NoneType, msgspec.UnsetType)]
         return " or ".join([*members, "null"] if types.NoneType in arguments else members)
     raise TypeError(f"no words for the type {kind}: add them to {Path(__file__).name}")
+
+
+def setting_of(field: msgspec.structs.FieldInfo) -> Setting | None:
+    """Return the setting that a field was made from, if it was."""
+    extras = [meta.extra or {} for meta in getattr(field.type, "__metadata__", ())]
+    return next((extra["setting"] for extra in extras if "setting" in extra), None)
+
+
+def _shown_type(field: msgspec.structs.FieldInfo) -> Any:
+    """Return a field's type. Commands take any value for a setting, and check it later: show what they accept."""
+    setting = setting_of(field)
+    return setting.type if setting and typing.get_args(field.type)[0] is Any else field.type
 
 
 def _is_struct(kind: Any) -> bool:
@@ -146,11 +161,15 @@ def render(kind: Struct, subjects: list[Endpoint]) -> str:
     inherited = Command.__struct_fields__ if kind is not Command and issubclass(kind, Command) else ()
     fields = [field for field in msgspec.structs.fields(kind) if field.name not in inherited]
     docs = field_docs(kind)
+    for field in fields:
+        if setting := setting_of(field):
+            null = f"; null: {setting.usage.unset}" if setting.is_nullable else ""
+            docs[field.name] = f"{setting.description[0].upper()}{setting.description[1:]}{null}."
     if missing := [field.name for field in fields if field.name not in docs]:
         raise ValueError(f"{kind.__name__}.{missing[0]} has no docstring")
     if fields:
         lines += ["\n| field | type | default | meaning |", "| --- | --- | --- | --- |"]
-        lines += [f"| `{f.name}` | {type_text(f.type)} | {_default(f)} | {docs[f.name]} |" for f in fields]
+        lines += [f"| `{f.name}` | {type_text(_shown_type(f))} | {_default(f)} | {docs[f.name]} |" for f in fields]
     return "\n".join(lines)
 
 

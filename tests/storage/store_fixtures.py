@@ -14,6 +14,7 @@ from msgspec import structs
 from shoal_common.errors import BadMessage
 from shoal_common.messages import decode
 from shoal_common.messages.manifest import Manifest, ManifestFile
+from shoal_common.settings.node import StorageSettings
 from shoal_common.store.bitmap import LEAF_BYTES, Bitmap, leaf_count
 from shoal_common.store.leaf_hash import hash_leaf_list, leaf_hash
 from shoal_common.store.store_paths import StorePaths
@@ -24,7 +25,6 @@ from shoal_storage.integrity.repair import create_partial, repairable_bytes
 from shoal_storage.leases import lease_files
 from shoal_storage.ledger.lease import LOCK_DEADLINE_S, ModelLease
 from shoal_storage.ledger.references import blobs_freed_by
-from shoal_storage.settings import StorageSettings
 from shoal_storage.startup import recover_store
 from shoal_storage.store.commit import commit_blob, require_all_blobs, seal_model, set_volume
 from shoal_storage.store.partials import has_partial, verify_partial, write_partial

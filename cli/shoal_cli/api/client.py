@@ -15,6 +15,8 @@ from shoal_cli.node_home import Home, read_or_empty
 from shoal_common.errors import BadInput, ErrorBody, Expired, InternalError, Unavailable, from_body
 from shoal_common.host.credentials import bearer
 from shoal_common.messages import WireStruct
+from shoal_common.settings.node import PortSettings
+from shoal_common.settings.values import read_settings
 
 T = TypeVar("T")
 
@@ -177,6 +179,6 @@ def resolve_gateway(explicit: str, home: Home, environ: Mapping[str, str]) -> Ga
         unreachable = f"no gateway answers at {url}: is `shoal up` running there?"
         return GatewayClient(url.rstrip("/"), bearer(environ.get("SHOAL_SECRET", ""), "api"), unreachable)
     # Under systemd or launchd nothing writes the file: the gateway then listens on its default port.
-    port = environ.get("SHOAL_GATEWAY_PORT") or GATEWAY_PORT
+    port = read_settings(PortSettings, {}, environ).gateway_port
     url = read_or_empty(home.gateway_url) or f"http://{LOOPBACK}:{port}"
     return GatewayClient(url, bearer(environ.get("SHOAL_SECRET") or home.read_secret(), "api"), NO_NODE)

@@ -6,6 +6,7 @@ from typing import Any
 
 from shoal_common.messages import WireStruct
 from shoal_common.messages.views import DownloadView, InstanceView, StorageView
+from shoal_common.settings.node import StorageSettings
 
 
 class RebalancedInstanceView(InstanceView, frozen=True, kw_only=True):
@@ -34,18 +35,9 @@ class StorageListView(WireStruct):
     nodes: list[StorageView] = []
 
 
-class SettingsView(WireStruct):
+class SettingsView(StorageSettings, frozen=True, kw_only=True):
     """A node's settings after PUT /v1/storage/config."""
 
-    max_storage_bytes: int | None = None
-    eviction_policy: str = ""
-    headroom_bytes: int = 0
-    partial_retention_s: int = 0
-    libraries: list[str] = []
-    max_upload_bytes_per_s: int | None = None
-    max_hub_bytes_per_s: int | None = None
-    max_peer_bytes_per_s: int | None = None
-    volumes: list[str] = []
     note: str = ""
 
 

@@ -23,9 +23,9 @@ from shoal_cli.commands.options import (
     reject_together,
 )
 from shoal_common.bus.subjects import SERVICES
-from shoal_common.durations import parse_duration_s
 from shoal_common.logs import quote_value
 from shoal_common.names import check_node
+from shoal_common.units import parse_duration_s
 
 app = new_app()
 DEFAULT_LINES = 50

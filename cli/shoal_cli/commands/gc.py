@@ -16,7 +16,7 @@ from shoal_cli.commands.options import (
     NodeOption,
     select_nodes,
 )
-from shoal_cli.render.units import count, show_bytes
+from shoal_common.units import format_bytes, format_count
 
 app = new_app()
 
@@ -37,6 +37,6 @@ def gc(
     answer = cli.gateway.post("/v1/storage/gc", select_nodes(ctx).body(), JsonObject)
     lines = []
     for name, view in by_node(answer, GarbageView):
-        freed = f"deleted {count(view.blobs, 'blob')}, {show_bytes(view.freed_bytes)} freed"
+        freed = f"deleted {format_count(view.blobs, 'blob')}, {format_bytes(view.freed_bytes)} freed"
         lines.append(f"{name}: {freed if view.blobs or view.freed_bytes else 'nothing to delete'}")
     return cli.finish(CommandResult(answer, lines))

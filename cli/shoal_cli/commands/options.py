@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, TypeVar
 
 import typer
 
@@ -62,7 +62,6 @@ NodesOption = Annotated[
     ),
 ]
 AllNodesOption = Annotated[bool, typer.Option("--all", help="on every node that is up")]
-Policy = Literal["manual", "lru"]
 
 
 def select_nodes(ctx: typer.Context) -> NodeSelection:

@@ -25,8 +25,8 @@ from shoal_cli.commands.options import (
     select_nodes,
 )
 from shoal_cli.render.storage_text import suspect_instance_lines, verify_line
-from shoal_cli.render.units import count, show_bytes
 from shoal_common.errors import ShoalError
+from shoal_common.units import format_bytes, format_count
 
 app = new_app()
 INTERRUPTED = 130
@@ -114,10 +114,10 @@ def repair_lines(node: str, view: VerifyView, done: NodeRepair) -> list[str]:
         return [f"{node}: nothing to repair"]
     damage = []
     if view.corrupt:
-        damage.append(f"{count(view.bad_leaves, 'corrupt leaf')} in {count(len(view.corrupt), 'blob')}")
+        damage.append(f"{format_count(view.bad_leaves, 'corrupt leaf')} in {format_count(len(view.corrupt), 'blob')}")
     if view.missing:
-        damage.append(f"{count(len(view.missing), 'blob')} missing")
-    lines = [f"{node}: {', '.join(damage) or 'incomplete from before'}; fetched {show_bytes(done.fetched_bytes)}"]
+        damage.append(f"{format_count(len(view.missing), 'blob')} missing")
+    lines = [f"{node}: {', '.join(damage) or 'incomplete from before'}; fetched {format_bytes(done.fetched_bytes)}"]
     lines += [f"  {model} is complete again" for model in done.models]
     return lines + [f"  {model} is still incomplete: {e.message}" for model, e in done.errors.items()]
 

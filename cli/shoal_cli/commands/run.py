@@ -19,10 +19,10 @@ from shoal_cli.command_app import CommandHelp, new_app
 from shoal_cli.commands.options import GatewayOption, HomeOption, ModelArgument, in_range
 from shoal_cli.render.line_editor import LineEditor, confirm
 from shoal_cli.render.progress_display import progress_display
-from shoal_cli.render.units import show_seconds
 from shoal_common.errors import BadInput, Refused, ShoalError
 from shoal_common.messages.views import StatusView
 from shoal_common.names import DEFAULT_REVISION, ModelRef, is_commit
+from shoal_common.units import format_duration
 
 app = new_app()
 _HELP = "/exit or Ctrl-D ends, /clear starts over, Ctrl-C stops an answer"
@@ -127,7 +127,7 @@ class ChatSession:
         if self._err.is_terminal and sys.stdout.isatty() and conversation.completion_tokens:
             cut = ", cut at --max-tokens" if conversation.finish_reason == "length" else ""
             speed = conversation.completion_tokens / max(took_s, 1e-3)
-            duration = f"{took_s:.1f} s" if took_s < 10 else show_seconds(took_s)
+            duration = f"{took_s:.1f} s" if took_s < 10 else format_duration(took_s)
             self._err.print(f"[dim]{conversation.completion_tokens} tokens in {duration}, {speed:.1f}/s{cut}[/dim]")
 
     def _prepare(self, ask: Callable[[str], bool] | None) -> Conversation:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import msgspec
 import typer
 
@@ -19,13 +17,16 @@ from shoal_cli.commands.options import (
     NodeOption,
     select_nodes,
 )
-from shoal_cli.render.units import parse_rate, show_rate
+from shoal_cli.commands.setting_options import GivenSettings, flag_names, setting_options
 from shoal_common.errors import BadInput
+from shoal_common.settings.node import TransferSettings
+from shoal_common.settings.values import changeable
+from shoal_common.units import format_rate
 
-_UPLOAD, _HUB, _PEER = "max_upload_bytes_per_s", "max_hub_bytes_per_s", "max_peer_bytes_per_s"
-
-_JSON = """--json prints the API's answer: show {"node", "nodes": [{"node", "live", "storage": {…,
-"max_upload_bytes_per_s", "max_hub_bytes_per_s", "max_peer_bytes_per_s", "overridden_by_env"} or null}]}; set what
+_SETTINGS = changeable(TransferSettings)
+_KEYS = ", ".join(f'"{setting.key}"' for setting in _SETTINGS)
+_JSON = f"""--json prints the API's answer: show {{"node", "nodes": [{{"node", "live", "storage": {{…,
+{_KEYS}, "overridden_by_env"}} or null}}]}}; set what
 `shoal storage set --json` prints. RATE is bytes per second: 20MB, 500kB, none. Fields are only ever added."""
 
 app = new_app()
@@ -63,36 +64,17 @@ def _show(ctx: typer.Context) -> int:
     lines = []
     for view in msgspec.convert(answer, StorageListView).nodes:
         if view.storage is not None:
-            s = view.storage
-            lines.append(
-                limits_line(view.node, s.max_upload_bytes_per_s, s.max_hub_bytes_per_s, s.max_peer_bytes_per_s)
-            )
-            lines += [f"  {n} is set by the environment" for n in s.overridden_by_env if n in (_UPLOAD, _HUB, _PEER)]
+            lines.append(limits_line(view.node, view.storage))
+            overridden = set(view.storage.overridden_by_env)
+            lines += [f"  {s.key} is set by the environment" for s in _SETTINGS if s.key in overridden]
     return cli.finish(CommandResult(answer, lines))
 
 
 @app.command("set", cls=CommandHelp)
+@setting_options(_SETTINGS)
 def set_(
     ctx: typer.Context,
-    max_upload: Annotated[
-        str | None,
-        typer.Option(
-            "--max-upload-rate",
-            metavar="RATE",
-            show_default=False,
-            help="for sending to all other nodes together, like 20MB, or none",
-        ),
-    ] = None,
-    max_hub: Annotated[
-        str | None,
-        typer.Option("--max-hub-rate", metavar="RATE", show_default=False, help="for downloading from the hub"),
-    ] = None,
-    max_peer: Annotated[
-        str | None,
-        typer.Option(
-            "--max-peer-rate", metavar="RATE", show_default=False, help="for downloading from each other node"
-        ),
-    ] = None,
+    given: GivenSettings,
     node: NodeOption = "",
     all_nodes: AllNodesOption = False,
     as_json: JsonOption = False,
@@ -101,18 +83,18 @@ def set_(
 ) -> int:
     """Change limits now and save them in node.toml. What is left out stays as it is."""
     cli, selection = CliContext(ctx), select_nodes(ctx)
-    given = {_UPLOAD: max_upload, _HUB: max_hub, _PEER: max_peer}
-    limits = {name: parse_rate(text) for name, text in given.items() if text is not None}
-    if not limits:
-        raise BadInput("nothing to set: give --max-upload-rate, --max-hub-rate or --max-peer-rate")
-    answer = cli.gateway.put("/v1/storage/config", selection.body() | limits, JsonObject)
-    lines = [
-        limits_line(name, view.max_upload_bytes_per_s, view.max_hub_bytes_per_s, view.max_peer_bytes_per_s)
-        for name, view in by_node(answer, SettingsView)
-    ]
+    if not given.values:
+        raise BadInput(f"nothing to set: give {flag_names(_SETTINGS)}")
+    answer = cli.gateway.put("/v1/storage/config", selection.body() | given.values, JsonObject)
+    lines = [limits_line(name, view) for name, view in by_node(answer, SettingsView)]
     return cli.finish(CommandResult(answer, lines))
 
 
-def limits_line(node: str, upload: int | None, hub: int | None, peer: int | None) -> str:
+def limits_line(node: str, limits: TransferSettings) -> str:
     """Return a node's limits on one line. Pure."""
-    return f"{node}: upload {show_rate(upload)}, from the hub {show_rate(hub)}, from each peer {show_rate(peer)}"
+    upload, hub, peer = limits.max_upload_bytes_per_s, limits.max_hub_bytes_per_s, limits.max_peer_bytes_per_s
+    return f"{node}: upload {_rate(upload)}, from the hub {_rate(hub)}, from each peer {_rate(peer)}"
+
+
+def _rate(bytes_per_s: int | None) -> str:
+    return "no limit" if bytes_per_s is None else format_rate(bytes_per_s)

@@ -5,32 +5,28 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import msgspec
 import typer
 
 from shoal_cli.cli_context import CliContext
 from shoal_cli.command_app import CommandHelp, new_app
-from shoal_cli.commands.options import HomeOption, Policy, in_range
+from shoal_cli.commands.options import HomeOption, in_range
+from shoal_cli.commands.setting_options import NONE_GIVEN, GivenSettings, setting_options
 from shoal_cli.node.node_plan import GATEWAY_PORT, NATS_PORT, READY_DEADLINE_S, UpOptions
-from shoal_cli.render.units import parse_limit
 from shoal_common.bus.subjects import SERVICES
 from shoal_common.names import check_node
+from shoal_common.settings.node import StorageSettings
+from shoal_common.settings.values import changeable
 
 app = new_app()
 
-LibraryOption = Annotated[
-    list[str],
-    typer.Option(
-        "--library",
-        metavar="PATH",
-        show_default=False,
-        help="also serve the models in this directory, like ~/.cache/huggingface/hub: not copied, never written; "
-        "repeatable; saved in node.toml",
-    ),
-]
+_OPTIONS = ("max_storage_bytes", "eviction_policy", "libraries")
+"""The settings that the first start may set; `shoal storage set` has all."""
 
 
 @app.command(cls=CommandHelp)
+@setting_options(
+    [s for s in changeable(StorageSettings) if s.key in _OPTIONS], note="; saved in node.toml", can_remove=False
+)
 def up(
     ctx: typer.Context,
     node: Annotated[
@@ -66,25 +62,7 @@ def up(
     port: Annotated[
         int, typer.Option("--port", metavar="PORT", callback=in_range(0, 65535), help="the gateway's port; 0: any")
     ] = GATEWAY_PORT,
-    max_storage: Annotated[
-        str,
-        typer.Option(
-            "--max-storage",
-            metavar="SIZE",
-            show_default=False,
-            help="quota for models, like 200GB or 150GiB, or none; saved in node.toml",
-        ),
-    ] = "",
-    eviction_policy: Annotated[
-        Policy | None,
-        typer.Option(
-            "--eviction-policy",
-            metavar="[manual|lru]",
-            show_default=False,
-            help="lru evicts old models for new ones, manual refuses new ones (manual); saved in node.toml",
-        ),
-    ] = None,
-    libraries: LibraryOption = [],  # noqa: B006
+    given: GivenSettings = NONE_GIVEN,
     hub: Annotated[
         str,
         typer.Option("--hub", metavar="URL", show_default=False, help="hub instead of huggingface.co (HF_ENDPOINT)"),
@@ -114,11 +92,14 @@ def up(
         nats_port=nats_port,
         bind=bind,
         port=port,
-        max_storage_bytes=parse_limit(max_storage) if max_storage else msgspec.UNSET,
-        eviction_policy=eviction_policy or msgspec.UNSET,
-        libraries=[path if path.startswith("~") else str(Path(path).absolute()) for path in libraries],
+        values=given.values,
+        added={change.setting.key: list(map(_absolute, change.added)) for change in given.lists},
         hub=hub,
         without=[service for service in SERVICES if ctx.params[f"no_{service}"]],
         ready_deadline_s=wait,
     )
     return run_up(options, cli.environ, detach)
+
+
+def _absolute(path: str) -> str:
+    return path if path.startswith("~") else str(Path(path).absolute())

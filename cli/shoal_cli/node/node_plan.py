@@ -6,7 +6,7 @@ import ipaddress
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import urlsplit
 
 import msgspec
@@ -14,10 +14,12 @@ import msgspec
 from shoal_common.bus.subjects import SERVICES
 from shoal_common.config import is_loopback
 from shoal_common.errors import BadInput, Refused
-from shoal_common.settings_file import Value
+from shoal_common.settings.declaration import Value
+from shoal_common.settings.node import PortSettings, StorageSettings
+from shoal_common.settings.values import by_section, changeable, read_settings
 
 NATS_PORT = 4222
-GATEWAY_PORT = 8080
+GATEWAY_PORT = PortSettings().gateway_port
 LOOPBACK = "127.0.0.1"
 ALL_INTERFACES = "0.0.0.0"
 READY_DEADLINE_S = 60.0
@@ -37,11 +39,10 @@ class UpOptions(msgspec.Struct, frozen=True, kw_only=True):
     nats_port: int = NATS_PORT
     bind: str = ""
     port: int = GATEWAY_PORT
-    max_storage_bytes: int | msgspec.UnsetType | None = msgspec.UNSET
-    """None removes the quota."""
-    eviction_policy: Literal["manual", "lru"] | msgspec.UnsetType = msgspec.UNSET
-    libraries: list[str] = []
-    """Added to those in node.toml."""
+    values: dict[str, Value] = {}
+    """Storage's settings to write into node.toml, by key; None takes a value back."""
+    added: dict[str, list[str]] = {}
+    """Directories to add to storage's lists in node.toml, by key."""
     hub: str = ""
     without: list[str] = []
     ready_deadline_s: float = READY_DEADLINE_S
@@ -64,8 +65,8 @@ class NodePlan(msgspec.Struct, frozen=True, kw_only=True):
     commands: dict[str, list[str]]
     """Programs that replace `python -m shoal_<service>`: from `[commands]` in node.toml."""
     hub: str = ""
-    storage: dict[str, Value] = {}
-    """What to set in `[storage]` of node.toml before anything starts; None removes a key."""
+    changes: dict[str, dict[str, Value]] = {}
+    """What to set in node.toml before anything starts, by section and key; None removes a key."""
     ready_deadline_s: float = READY_DEADLINE_S
 
     @property
@@ -120,36 +121,25 @@ def make_plan(
         services=services,
         commands=_commands(settings),
         hub=options.hub,
-        storage=_storage_changes(options, environ, settings),
+        changes=by_section(StorageSettings, _changes(options, environ, settings)),
         ready_deadline_s=options.ready_deadline_s,
     )
 
 
-def _storage_changes(options: UpOptions, environ: Mapping[str, str], settings: Mapping[str, Any]) -> dict[str, Value]:
-    changes: dict[str, Value] = {}
-    libraries = _libraries(options.libraries, settings) if options.libraries else msgspec.UNSET
-    given: tuple[tuple[str, str, Value | msgspec.UnsetType], ...] = (
-        ("max_storage_bytes", "--max-storage", options.max_storage_bytes),
-        ("eviction_policy", "--eviction-policy", options.eviction_policy),
-        ("libraries", "--library", libraries),
-    )
-    for name, flag, value in given:
-        if value is msgspec.UNSET:
-            continue
-        variable = f"SHOAL_{name.upper()}"
-        if environ.get(variable):
-            raise Refused(f"{flag} would have no effect, because {variable} is set and wins: remove one of the two")
-        changes[name] = value
+def _changes(options: UpOptions, environ: Mapping[str, str], settings: Mapping[str, Any]) -> dict[str, Value]:
+    changes = dict(options.values)
+    if options.added:
+        saved = read_settings(StorageSettings, settings, {})
+        for setting in changeable(StorageSettings):
+            if added := options.added.get(setting.key):
+                changes[setting.key] = list(dict.fromkeys([*getattr(saved, setting.name), *added]))
+    for setting in changeable(StorageSettings):
+        if setting.key in changes and setting.usage.flag and environ.get(setting.variable):
+            raise Refused(
+                f"{setting.usage.flag.name} would have no effect, because {setting.variable} is set and wins: "
+                "remove one of the two"
+            )
     return changes
-
-
-def _libraries(added: Sequence[str], settings: Mapping[str, Any]) -> list[str]:
-    """Return the libraries in node.toml and those that are added. Raises BadInput."""
-    section = settings.get("storage", {})
-    saved = section.get("libraries", []) if isinstance(section, dict) else []
-    if not isinstance(saved, list) or not all(isinstance(path, str) for path in saved):
-        raise BadInput('storage.libraries in node.toml must be a list of directories: ["/mnt/models"]')
-    return list(dict.fromkeys([*saved, *added]))
 
 
 def _nats_servers(options: UpOptions, environ: Mapping[str, str], settings: Mapping[str, Any]) -> list[str]:

@@ -78,9 +78,9 @@ def run_node(
         logs.configure_logging("supervisor", plan.node, environ.get("SHOAL_LOG") or "info", cast(TextIO, stream))
         for pid in kill_orphans(home):
             log.warning("ended an orphan of a killed supervisor", pid=pid)
-        if plan.storage:
+        if plan.changes:
             # Into the file, not the environment: it survives restarts, and `shoal storage set` can change it.
-            change_settings(home.root, {"storage": plan.storage}, lambda _: None)
+            change_settings(home.root, plan.changes, lambda _: None)
         asyncio.run(_supervise(home, plan, environ, on_started, report_line))
     finally:
         # The lock is kept until this process has ended, which is what `shoal down` waits for.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from shoal_cli.render.units import show_bytes, show_seconds
 from shoal_common.messages.downloads import ENDED_PHASES
 from shoal_common.messages.views import DownloadView
+from shoal_common.units import format_bytes, format_duration
 
 
 def percent(state: DownloadView) -> float:
@@ -23,7 +23,7 @@ def sources(state: DownloadView, before: Mapping[str, int]) -> list[str]:
     """
     speeds = state.source_speeds
     if len(speeds) > 1:
-        return [f"{s} {show_bytes(v)}/s" for s, v in sorted(speeds.items(), key=lambda pair: (-pair[1], pair[0]))]
+        return [f"{s} {format_bytes(v)}/s" for s, v in sorted(speeds.items(), key=lambda pair: (-pair[1], pair[0]))]
     grown = {s: n - before.get(s, 0) for s, n in state.sources.items()}
     names = list(speeds) or [s for s, n in grown.items() if n > 0] or [s for s, n in state.sources.items() if n > 0]
     return sorted(names, key=lambda s: (-grown.get(s, 0), s))
@@ -51,14 +51,14 @@ def figures(state: DownloadView) -> list[str]:
     """Return how far it is and how fast, as far as known."""
     shown = []
     if state.total_bytes:
-        shown.append(f"{show_bytes(state.done_bytes)} of {show_bytes(state.total_bytes)}")
+        shown.append(f"{format_bytes(state.done_bytes)} of {format_bytes(state.total_bytes)}")
         if state.phase not in ENDED_PHASES:
-            shown += [f"{show_bytes(state.verified_bytes)} verified"] if state.verified_bytes else []
+            shown += [f"{format_bytes(state.verified_bytes)} verified"] if state.verified_bytes else []
             shown += [f"resumed from {100 * state.resumed_from:.0f} %"] if state.resumed_bytes else []
     if state.phase == "fetching" and state.speed_bytes_per_s >= 1:
-        shown.append(f"{show_bytes(state.speed_bytes_per_s)}/s")
+        shown.append(f"{format_bytes(state.speed_bytes_per_s)}/s")
     if state.eta_s is not None:
-        shown.append(f"{show_seconds(state.eta_s)} left")
+        shown.append(f"{format_duration(state.eta_s)} left")
     return shown + [f"{source} stalled {_times(count)}" for source, count in sorted(state.source_switches.items())]
 
 

@@ -10,11 +10,11 @@ from rich.text import Text
 
 from shoal_cli.render.progress import progress_line
 from shoal_cli.render.storage_text import foreign_file_warnings, shard_text
-from shoal_cli.render.units import show_bytes, show_seconds
 from shoal_common.messages.downloads import ENDED_PHASES
 from shoal_common.messages.placement import FittingModels, Previews, Rebalances
 from shoal_common.messages.storage import StorageState
 from shoal_common.messages.views import InstanceView, ModelView, NodeView, StatusView, StorageView
+from shoal_common.units import format_bytes, format_duration
 
 _PHASE_STYLES = {"ready": "green", "starting": "yellow", "degraded": "yellow", "failed": "red"}
 _TIER_STYLES = {"fits": "green", "tight": "yellow", "force": "red"}
@@ -57,11 +57,11 @@ def nodes_table(status: StatusView) -> RenderableType:
         table.add_row(
             name,
             _node_state(n, status.version),
-            f"{show_bytes(n.memory_available_bytes)} of {show_bytes(n.memory_total_bytes)}"
+            f"{format_bytes(n.memory_available_bytes)} of {format_bytes(n.memory_total_bytes)}"
             if n.memory_total_bytes
             else "-",
             _used(s) if s else "-",
-            show_bytes(s.free_bytes) if s else "-",
+            format_bytes(s.free_bytes) if s else "-",
             f"{_quota(s)}, {s.eviction_policy}" if s else "-",
         )
     return table
@@ -69,12 +69,12 @@ def nodes_table(status: StatusView) -> RenderableType:
 
 def _used(storage: StorageState) -> str:
     if not storage.quota_bytes:
-        return show_bytes(storage.used_bytes)
-    return f"{show_bytes(storage.used_bytes)} ({100 * storage.used_bytes / storage.quota_bytes:.0f} %)"
+        return format_bytes(storage.used_bytes)
+    return f"{format_bytes(storage.used_bytes)} ({100 * storage.used_bytes / storage.quota_bytes:.0f} %)"
 
 
 def _quota(storage: StorageState) -> str:
-    return "none" if storage.quota_bytes is None else show_bytes(storage.quota_bytes)
+    return "none" if storage.quota_bytes is None else format_bytes(storage.quota_bytes)
 
 
 def storage_table(views: list[StorageView]) -> RenderableType:
@@ -86,10 +86,10 @@ def storage_table(views: list[StorageView]) -> RenderableType:
         table.add_row(
             Text(view.node if view.live else f"{view.node} (down)", style="" if view.live else "red"),
             _used(s) if s else "-",
-            "-" if free is None else show_bytes(free),
+            "-" if free is None else format_bytes(free),
             _quota(s) if s else "-",
             s.eviction_policy if s else "-",
-            show_bytes(s.headroom_bytes) if s else "-",
+            format_bytes(s.headroom_bytes) if s else "-",
             str(s.model_count) if s else "-",
         )
     return table
@@ -101,21 +101,21 @@ def _node_state(node: NodeView, own_version: str) -> Text:
         return Text(f"ignored: runs Shoal {versions}, this is {own_version}", style="red")
     if not node.live:
         since_s = node.down_since_s
-        return Text("down" if since_s is None else f"down for {show_seconds(time.time() - since_s)}", style="red")
+        return Text("down" if since_s is None else f"down for {format_duration(time.time() - since_s)}", style="red")
     if node.missing_services:
         return Text(f"without {', '.join(node.missing_services)}", style="yellow")
     uptime_s = min((s.uptime_s for s in node.services.values()), default=0.0)
     link = f", by {_LINKS[node.link]}" if node.link in _LINKS else ""
     if node.drained:
-        return Text(f"drained, up {show_seconds(uptime_s)}{link}", style="yellow")
-    return Text(f"up {show_seconds(uptime_s)}{link}", style="green")
+        return Text(f"drained, up {format_duration(uptime_s)}{link}", style="yellow")
+    return Text(f"up {format_duration(uptime_s)}{link}", style="green")
 
 
 def models_table(models: list[ModelView]) -> RenderableType:
     """Return the models and the nodes that hold them."""
     table = _table("model", "commit", "size", "nodes")
     for m in models:
-        table.add_row(m.repo, m.commit[:8], show_bytes(m.size_bytes), ", ".join(m.nodes))
+        table.add_row(m.repo, m.commit[:8], format_bytes(m.size_bytes), ", ".join(m.nodes))
     # Below the table and unbroken: a path folded into a narrow column cannot be copied.
     places = [
         f"{m.repo} on {n} is in {m.library_directory[n]}" for m in models for n in m.nodes if n in m.library_directory
@@ -143,8 +143,8 @@ def previews_table(answer: Previews) -> RenderableType:
     table.columns[0].no_wrap = True  # it is there to be copied
     for p in answer.previews:
         stages = ", ".join(
-            f"{s.node} {show_bytes(s.needed_bytes)} / {show_bytes(s.available_bytes)}"
-            + (f" (frees {show_bytes(s.bytes_to_free)} first)" if s.bytes_to_free else "")
+            f"{s.node} {format_bytes(s.needed_bytes)} / {format_bytes(s.available_bytes)}"
+            + (f" (frees {format_bytes(s.bytes_to_free)} first)" if s.bytes_to_free else "")
             for s in p.stages
         )
         table.add_row(
@@ -152,7 +152,7 @@ def previews_table(answer: Previews) -> RenderableType:
             Text(p.tier, style=_TIER_STYLES[p.tier]),
             _speed(p.tokens_per_s),
             f"{p.first_token_s * 1000:.3g} ms",
-            show_bytes(p.fetch_bytes) if p.fetch_bytes else "-",
+            format_bytes(p.fetch_bytes) if p.fetch_bytes else "-",
             stages,
         )
     notes = [f"for {answer.model} with {answer.context_tokens} tokens of context; times are predictions"]
@@ -174,7 +174,7 @@ def fits_table(answer: FittingModels) -> RenderableType:
         p = f.preview
         table.add_row(
             f"{ref} ({commit[:8]})",
-            show_bytes(f.size_bytes),
+            format_bytes(f.size_bytes),
             Text(f.tier or "does not fit", style=_TIER_STYLES.get(f.tier, "red")),
             _speed(p.tokens_per_s) if p else "-",
             p.layout if p else f.reason,
@@ -194,7 +194,7 @@ def rebalances_table(answer: Rebalances) -> RenderableType:
             + (f", {r.current.tier} → {r.proposed.tier}" if r.current.tier != r.proposed.tier else ""),
             r.current.layout,
             r.proposed.layout,
-            show_bytes(r.proposed.fetch_bytes) if r.proposed.fetch_bytes else "-",
+            format_bytes(r.proposed.fetch_bytes) if r.proposed.fetch_bytes else "-",
         )
     note = "`shoal rebalance INSTANCE` moves one; it does not answer meanwhile. Gains are predictions"
     return Group(table, Text(note, style="dim"))

@@ -17,9 +17,9 @@ from tomlkit.items import Array, Comment, InlineTable, Table, Trivia
 
 from shoal_common.config import read_settings, settings_locked, settings_path, write_settings
 from shoal_common.errors import InternalError, Refused
+from shoal_common.settings.declaration import Value
 
 T = TypeVar("T")
-Value = int | str | list[str] | None
 
 
 def change_settings(
@@ -96,7 +96,7 @@ def edit_text(text: str, section: str, changes: Mapping[str, Value]) -> str | No
         return None
 
 
-def _set(table: Table | InlineTable, key: str, value: int | str | list[str]) -> None:
+def _set(table: Table | InlineTable, key: str, value: int | float | str | list[str]) -> None:
     plain = [k for k, v in table.value.body if k is not None and not isinstance(v, Table)]
     if isinstance(value, list) and isinstance(array := table.get(key), Array):
         # In place: a person's comments beside remaining elements stay.

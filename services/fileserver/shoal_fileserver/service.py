@@ -6,7 +6,6 @@ import asyncio
 import logging
 import random
 import socket
-from collections.abc import Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 
 import uvicorn
@@ -18,13 +17,15 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from shoal_common.bus.keys import storage_key
 from shoal_common.bus.kv_mirror import KvMirror
-from shoal_common.errors import BadInput, Unavailable
+from shoal_common.errors import Unavailable
 from shoal_common.host.addresses import is_dual_stack
 from shoal_common.host.credentials import is_authorized
 from shoal_common.host.http_server import HttpServer
 from shoal_common.host.rate_limiter import RateLimiter
 from shoal_common.messages.storage import StorageState
 from shoal_common.service import ServiceContext
+from shoal_common.settings.node import PortSettings
+from shoal_common.settings.values import read_settings
 from shoal_common.store.store_paths import StorePaths
 from shoal_fileserver.blob_api import BlobApi, error_response
 from shoal_fileserver.http.connection_limits import limited_protocol
@@ -97,14 +98,10 @@ def _application(blobs: BlobApi, probe: ProbeApi, secret: str, model_index: Mode
     return app
 
 
-def _listen(host: str, environ: Mapping[str, str]) -> socket.socket:
-    """Open the port: SHOAL_FILESERVER_PORT, or any free one."""
-    port = environ.get("SHOAL_FILESERVER_PORT") or "0"
-    if not (port.isascii() and port.isdigit() and int(port) < 1 << 16):
-        raise BadInput(f"SHOAL_FILESERVER_PORT is {port!r}: give a port from 1 to 65535, or 0 for any")
+def _listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, int(port)), family=family, dualstack_ipv6=is_dual_stack(host))
+        return socket.create_server((host, port), family=family, dualstack_ipv6=is_dual_stack(host))
     except OSError as e:
         raise Unavailable(
             f"the fileserver cannot listen on {host} port {port}: {e.strerror}; stop the program that does, or set "
@@ -115,7 +112,7 @@ def _listen(host: str, environ: Mapping[str, str]) -> socket.socket:
 async def run(context: ServiceContext) -> None:
     """Run the fileserver service."""
     config = context.config
-    listener = _listen(config.bind, context.environ)
+    listener = _listen(config.bind, read_settings(PortSettings, {}, context.environ).fileserver_port)
     # Errors that a hostile peer can cause are not worth a log line each; this server's own are.
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
     limiter = RateLimiter()

@@ -15,7 +15,7 @@ from shoal_common.host.http_server import HttpServer
 from shoal_common.service import STOP_DEADLINE_S, ServiceContext
 from shoal_gateway.app import build_app
 from shoal_gateway.context import GatewayContext
-from shoal_gateway.settings import GatewaySettings, read_settings
+from shoal_gateway.settings import GatewaySettings, read_gateway_settings
 
 _DRAIN_TIMEOUT_S = int(STOP_DEADLINE_S) - 2
 """For running requests after a stop; the rest of the deadline is for closing down."""
@@ -23,7 +23,7 @@ _DRAIN_TIMEOUT_S = int(STOP_DEADLINE_S) - 2
 
 async def run(context: ServiceContext) -> None:
     """Serve HTTP until stopping, then let running requests finish."""
-    settings = read_settings(context.config, context.environ)
+    settings = read_gateway_settings(context.config, context.environ)
     async with asyncio.TaskGroup() as tasks:
         live = await context.mirror(tasks, "live")
         spec = await context.mirror(tasks, "spec")

@@ -17,15 +17,16 @@ from shoal_common.messages.generation import Accepted, CancelGenerate, Generate
 from shoal_common.messages.instances import InstanceSpec, StageState
 from shoal_common.messages.liveness import NodeFacts
 from shoal_common.service import ServiceContext
+from shoal_common.settings.node import InferenceSettings
+from shoal_common.settings.values import read_settings
 from shoal_inference.assignments import Assignment, assignments, reconcile, stale_stages
 from shoal_inference.host_facts.bandwidth_estimate import BandwidthEstimate
 from shoal_inference.host_facts.device import (
     detect_device,
-    read_bandwidth_setting,
     read_observed_bandwidth,
     save_observed_bandwidth,
 )
-from shoal_inference.host_facts.memory import debounce_facts, memory_facts, occupied_bytes, read_bytes_setting
+from shoal_inference.host_facts.memory import debounce_facts, memory_facts, occupied_bytes
 from shoal_inference.host_facts.oom_guard import CHECK_INTERVAL_S, oom_reason
 from shoal_inference.host_facts.usage_reporter import UsageReporter
 from shoal_inference.stage.compute.device import Device
@@ -43,11 +44,8 @@ class StageManager:
         self._spec, self._state = spec, state
         self._running: dict[tuple[str, int, int], tuple[StageRunner, asyncio.Task[None]]] = {}
         self._usage_reporter = UsageReporter(context.rpc, tasks)
-        settings = context.config.settings.get("inference", {})
-        self._cap_bytes = read_bytes_setting("max_memory_bytes", settings, context.environ)
-        self._floor_bytes = read_bytes_setting("force_floor_bytes", settings, context.environ)
-        self._configured_speed = read_bandwidth_setting(settings, context.environ)
-        self._device = Device(bytes_per_s=self._configured_speed or 0.0)
+        self._settings = read_settings(InferenceSettings, context.config.settings, context.environ)
+        self._device = Device(bytes_per_s=self._settings.memory_bytes_per_s or 0.0)
         self._speed = BandwidthEstimate(self._save_bandwidth)
         self._memory = AvailableMemory()
 
@@ -58,14 +56,14 @@ class StageManager:
             if (pid := runner.pid) is not None:
                 name = f"{instance}/{rank}"
                 stages[name] = stages.get(name, 0) + occupied_bytes(pid)
-        facts = memory_facts(self._memory.read(), self._cap_bytes, stages, self._device)
+        facts = memory_facts(self._memory.read(), self._settings.max_memory_bytes, stages, self._device)
         return structs.replace(facts, observed_bandwidth_bytes_per_s=self._speed.published_bytes_per_s)
 
     async def detect_device(self) -> None:
         """Detect the accelerator and memory bandwidth; published with the next memory sample."""
         home = self._context.config.home
-        self._device = await detect_device(home, self._configured_speed)
-        if self._configured_speed is None:  # a configured bandwidth is never corrected
+        self._device = await detect_device(home, self._settings.memory_bytes_per_s)
+        if self._settings.memory_bytes_per_s is None:  # a configured bandwidth is never corrected
             self._speed.start(self._device.bytes_per_s, await asyncio.to_thread(read_observed_bandwidth, home))
 
     def _save_bandwidth(self, bytes_per_s: float) -> None:
@@ -132,7 +130,7 @@ class StageManager:
             if all(wanted.spec.tier != "force" for wanted in self._wanted().values()):
                 await self._spec.wait_changed(version)
                 continue
-            reason = oom_reason(await asyncio.to_thread(self.facts), self._floor_bytes)
+            reason = oom_reason(await asyncio.to_thread(self.facts), self._settings.force_floor_bytes)
             if reason is not None:
                 for runner, _ in self._running.values():
                     if runner.assignment.spec.tier == "force":

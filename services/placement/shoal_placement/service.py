@@ -12,9 +12,10 @@ from shoal_common.messages.placement import (
 )
 from shoal_common.rpc.request_reply import RpcEndpoint
 from shoal_common.service import ServiceContext
+from shoal_common.settings.values import read_settings
 from shoal_placement.leader.commands import PlacementService
 from shoal_placement.leader.node_gc import NodeGarbageCollector
-from shoal_placement.settings import read_settings
+from shoal_placement.settings import PlacementSettings
 
 
 async def run(context: ServiceContext) -> None:
@@ -24,7 +25,7 @@ async def run(context: ServiceContext) -> None:
         spec = await context.mirror(tasks, "spec")
         state = await context.mirror(tasks, "state")
         lease = await context.mirror(tasks, "lease", "leader.>")
-        settings = read_settings(context.config.settings.get("placement", {}), context.environ)
+        settings = read_settings(PlacementSettings, context.config.settings, context.environ)
         collector = NodeGarbageCollector(context, live, spec, state, settings.retire_after_s)
         placement = PlacementService(context, live, spec, state, collector, settings.replace_after_s)
         context.run_in_background(tasks, placement.lead_forever(lease))

@@ -15,12 +15,13 @@ from shoal_common.messages.storage import LibraryState, ModelState, ShardState, 
 from shoal_common.models.model_shape import read_model_shape
 from shoal_common.names import DEFAULT_REVISION
 from shoal_common.service import ServiceContext
+from shoal_common.settings.node import PublishedSettings, StorageSettings
+from shoal_common.settings.values import changeable, overridden_by_env
 from shoal_storage.ledger.entries import Shard
 from shoal_storage.ledger.lease import to_lease_states
 from shoal_storage.ledger.ledger import Ledger
 from shoal_storage.ledger.library_model import LibraryModel
 from shoal_storage.ledger.references import bytes_of_paused_models
-from shoal_storage.settings import StorageSettings, overridden_settings
 from shoal_storage.store.commit import link_view
 from shoal_storage.store.library_records import build_view
 from shoal_storage.store.store import Store
@@ -47,7 +48,7 @@ class StatePublisher:
         self._store, self._ledger, self._settings = store, ledger, settings
         self._model_mirror, self._storage_mirror = model_mirror, storage_mirror
         self._revisions: dict[str, int] = {}
-        self._overridden_by_env = overridden_settings(context.environ)
+        self._overridden_by_env = overridden_by_env(changeable(StorageSettings), context.environ)
         self._publishing = asyncio.Lock()
         self._published: StorageState | None = None
         self.libraries: list[LibraryState] = []
@@ -153,10 +154,7 @@ class StatePublisher:
             foreign = [*corrupt, *ledger.foreign.paths]
             state = StorageState(
                 node=self._node,
-                quota_bytes=self._settings.quota_bytes,
-                headroom_bytes=self._settings.headroom_bytes,
-                eviction_policy=self._settings.eviction_policy,
-                partial_retention_s=self._settings.partial_retention_s,
+                **{name: getattr(self._settings, name) for name in PublishedSettings.__struct_fields__},
                 overridden_by_env=self._overridden_by_env,
                 used_bytes=ledger.used_bytes,
                 reserved_bytes=ledger.reserved_bytes,
@@ -176,9 +174,6 @@ class StatePublisher:
                 ballast_bytes=self._store.ballast.held_bytes,
                 paused_downloads=bytes_of_paused_models(ledger),
                 libraries=self.libraries,
-                max_upload_bytes_per_s=self._settings.transfer.max_upload_bytes_per_s,
-                max_hub_bytes_per_s=self._settings.transfer.max_hub_bytes_per_s,
-                max_peer_bytes_per_s=self._settings.transfer.max_peer_bytes_per_s,
                 volumes=await asyncio.to_thread(self.volumes),
             )
             if state != self._published:

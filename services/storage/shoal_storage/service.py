@@ -27,6 +27,8 @@ from shoal_common.messages.storage import (
 from shoal_common.rpc.command_worker import CommandHandler
 from shoal_common.rpc.request_reply import RpcEndpoint
 from shoal_common.service import ServiceContext
+from shoal_common.settings.node import StorageSettings
+from shoal_common.settings.values import read_settings
 from shoal_storage.eviction.disk_full import DiskFullHandler, map_disk_full
 from shoal_storage.handlers.configure import CONFIGURE_DEADLINE_S, ConfigureCommand
 from shoal_storage.handlers.deletion import DELETE_DEADLINE_S
@@ -45,7 +47,6 @@ from shoal_storage.publisher import StatePublisher
 from shoal_storage.scan.reconciler import StoreReconciler
 from shoal_storage.scan.unverified import UnverifiedBlobHasher
 from shoal_storage.scan.watcher import StoreWatcher
-from shoal_storage.settings import StorageSettings, read_ballast_bytes, read_settings
 from shoal_storage.startup import recover_store
 from shoal_storage.store.store import Store
 from shoal_storage.volume_manager import VolumeManager, open_volumes
@@ -61,9 +62,9 @@ async def _start_publisher(
 
 async def run(context: ServiceContext) -> None:
     """Run the storage service until it is told to stop."""
-    settings = read_settings(context.config.settings, context.environ)
+    settings = read_settings(StorageSettings, context.config.settings, context.environ)
     await asyncio.to_thread(reject_overlap, settings.libraries, context.config.store)
-    store = Store(context.config.store, read_ballast_bytes(context.config.settings, context.environ))
+    store = Store(context.config.store, settings.ballast_bytes)
     with map_disk_full("open its store"):
         await asyncio.to_thread(store.open)
     volume_errors = await asyncio.to_thread(open_volumes, store, settings)

@@ -8,12 +8,12 @@ from pathlib import Path
 from shoal_common.errors import BadInput, ShoalError
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages.storage import VolumeState
+from shoal_common.settings.node import StorageSettings
 from shoal_storage.files.real_path import resolve_path
 from shoal_storage.integrity.repair import repairable_blobs
 from shoal_storage.ledger.ledger import Ledger
 from shoal_storage.publisher import StatePublisher
 from shoal_storage.scan.reconciler import StoreReconciler
-from shoal_storage.settings import StorageSettings
 from shoal_storage.startup import attach_volume, detach_volume
 from shoal_storage.store.store import Store
 from shoal_storage.store.volume import (

@@ -33,7 +33,6 @@ from shoal_cli.doctor.finding import Finding
 from shoal_cli.doctor.run import CHECKS, DoctorReport
 from shoal_common.messages.liveness import ProcessIdentity
 from shoal_common.messages.storage import LibraryState, StorageState, VolumeState
-from shoal_storage import settings
 from shoal_storage.files import ballast
 from tests.cli.unit.test_doctor_checks import GB, assert_finding, only
 
@@ -179,7 +178,7 @@ def state(**more: Any) -> StorageState:
         ({}, "ok", ("/s (ext4)", "100.0 GB free")),
         ({"store_exists": False, "storage_runs": False}, "ok", ("no store yet",)),
         ({"store_exists": False}, "problem", ("there is no store", "mounted")),
-        ({"settings_error": "storage.path is 5"}, "problem", ("storage.path is 5",)),
+        ({"settings_errors": ["storage.path is 5"]}, "problem", ("storage.path is 5",)),
         ({"store": changed(error="Permission denied")}, "problem", ("cannot be read", "storage.path")),
         ({"state": state(store_missing=True)}, "problem", ("unmounted", "mount it again")),
         ({"store": changed(kind="nfs4")}, "problem", ("nfs4", "locks")),
@@ -238,9 +237,7 @@ def test_a_missing_volume_is_reported(facts: dict[str, Any], level: str, texts: 
     assert_finding(only(disks(**facts), "volumes"), level, *texts)
 
 
-def test_the_doctors_copy_of_storage_defaults_is_right() -> None:
-    assert disk.DEFAULT_HEADROOM_BYTES == settings.DEFAULT_HEADROOM_BYTES
-    assert disk.DEFAULT_BALLAST_BYTES == settings.DEFAULT_BALLAST_BYTES
+def test_the_doctors_copy_of_the_ballasts_factor_is_right() -> None:
     assert disk.BALLAST_FREE_FACTOR == ballast._MIN_FREE_MULTIPLE
 
 
@@ -277,7 +274,7 @@ def test_permissions_that_get_in_the_way_are_reported(
         ({}, "ok", ("32.0 GB of 64.0 GB",)),
         ({"cap_bytes": 24 * GB}, "ok", ("at most 24.0 GB",)),
         ({"cap_bytes": 80 * GB}, "warning", ("has no effect",)),
-        ({"cap_error": "max_memory_bytes 'much' is not a number"}, "problem", ("'much'",)),
+        ({"settings_errors": ["inference.max_memory_bytes in node.toml is 'much'"]}, "problem", ("'much'",)),
         ({"machine_bytes": 128 * GB}, "ok", ("32.0 GB of 64.0 GB", "control group", "of 128.0 GB")),
         ({"machine_bytes": 128 * GB, "cap_bytes": 80 * GB}, "warning", ("has no effect", "64.0 GB")),
         ({"available_bytes": GB}, "warning", ("1.0 GB of 64.0 GB",)),

@@ -42,7 +42,7 @@ def test_I12_the_hubs_token_reaches_the_fetcher_and_nobody_else() -> None:
 
 
 def test_services_receive_home_nats_bind_port_hub_and_storage() -> None:
-    made = plan(bind="127.0.0.1", hub="http://hub", max_storage_bytes=5, environ={"SHOAL_SECRET": SECRET})
+    made = plan(bind="127.0.0.1", hub="http://hub", environ={"SHOAL_SECRET": SECRET})
     given = service_spec(
         made, "storage", ["nats://a:1", "nats://b:2"], 99, "py", {"NOTIFY_SOCKET": "s", "SHOAL_LOG": "debug"}
     )
@@ -60,23 +60,22 @@ def test_services_receive_home_nats_bind_port_hub_and_storage() -> None:
 
 
 def test_storage_flags_go_to_the_file_unless_the_environment_has() -> None:
-    assert plan().storage == {}
-    assert plan(max_storage_bytes=5).storage == {"max_storage_bytes": 5}
-    assert plan(max_storage_bytes=None, eviction_policy="lru").storage == {
-        "max_storage_bytes": None,
-        "eviction_policy": "lru",
-    }
-    assert plan(libraries=["/x"]).storage == {"libraries": ["/x"]}
+    assert plan().changes == {}
+    assert plan(values={"max_storage_bytes": 5}).changes == {"storage": {"max_storage_bytes": 5}}
+    both = {"max_storage_bytes": None, "eviction_policy": "lru"}
+    assert plan(values=both).changes == {"storage": both}
+    assert plan(added={"libraries": ["/x"]}).changes == {"storage": {"libraries": ["/x"]}}
     saved = {"storage": {"libraries": ["/nas", "/x"]}}
-    assert plan(settings=saved, libraries=["/x", "/y"]).storage == {"libraries": ["/nas", "/x", "/y"]}
-    assert plan(settings=saved).storage == {}
+    added = plan(settings=saved, added={"libraries": ["/x", "/y"]})
+    assert added.changes == {"storage": {"libraries": ["/nas", "/x", "/y"]}}
+    assert plan(settings=saved).changes == {}
     with pytest.raises(BadInput, match="must be a list of directories"):
-        plan(settings={"storage": {"libraries": "/nas"}}, libraries=["/x"])
+        plan(settings={"storage": {"libraries": "/nas"}}, added={"libraries": ["/x"]})
     environ = {"SHOAL_MAX_STORAGE_BYTES": "7"}
-    assert plan(environ, eviction_policy="lru").storage == {"eviction_policy": "lru"}
+    assert plan(environ, values={"eviction_policy": "lru"}).changes == {"storage": {"eviction_policy": "lru"}}
     assert service_spec(plan(environ), "storage", [], 1, "py", environ).environ["SHOAL_MAX_STORAGE_BYTES"] == "7"
     with pytest.raises(Refused, match="SHOAL_MAX_STORAGE_BYTES is set and wins"):
-        plan(environ, max_storage_bytes=5)
+        plan(environ, values={"max_storage_bytes": 5})
 
 
 def test_servers_to_join_come_from_flag_environment_then_file() -> None:

@@ -10,7 +10,6 @@ import pytest
 
 from shoal_cli.cli import run
 from shoal_cli.render.storage_text import library_lines, plan_lines
-from shoal_cli.render.units import parse_limit
 from shoal_common.errors import BadInput, Corrupt, HubUnavailable, NotFound, Refused
 from shoal_common.messages.storage import EvictionPlan, LibraryState, Victim
 from tests.cli.fake_gateway import COMMIT, MODEL, Cluster, download
@@ -321,9 +320,3 @@ def test_a_model_that_cannot_be_repaired_sets_the_exit_code(cluster: Cluster, ca
     repaired(cluster, ok=False, error={"code": "hub_unavailable", "message": "the hub does not answer"})
     assert run(["repair", MODEL]) == HubUnavailable.exit_code
     assert f"  {HELD} is still incomplete: the hub does not answer" in capsys.readouterr().out.splitlines()
-
-
-def test_a_limit_is_a_size_or_none() -> None:
-    assert (parse_limit("none"), parse_limit(" None "), parse_limit("5kB")) == (None, None, 5000)
-    with pytest.raises(BadInput):
-        parse_limit("nothing")

@@ -56,6 +56,8 @@ def values_of(kind: Any) -> st.SearchStrategy[Any]:
     if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
         return st.builds(kind, **{f.name: values_of(f.type) for f in msgspec.structs.fields(kind)})
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Annotated:
+        return values_of(arguments[0])
     if origin is list:
         return st.lists(values_of(arguments[0]), max_size=3)
     if origin is dict:

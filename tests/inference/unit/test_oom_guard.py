@@ -6,9 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal_common.errors import BadInput
 from shoal_common.messages.liveness import NodeFacts
-from shoal_inference.host_facts.memory import read_bytes_setting
 from shoal_inference.host_facts.oom_guard import oom_reason
 
 GIB = 1 << 30
@@ -32,11 +30,3 @@ def test_high_memory_pressure_is_an_oom_reason_with_free_bytes(pressure: int) ->
     facts = NodeFacts(memory_total_bytes=GIB, memory_available_bytes=GIB, memory_pressure=pressure)
     reason = oom_reason(facts, 1)
     assert reason is not None and "high memory pressure" in reason.message
-
-
-def test_the_floor_can_be_set_and_has_to_be_a_number() -> None:
-    assert read_bytes_setting("force_floor_bytes", {}, {}) is None
-    assert read_bytes_setting("force_floor_bytes", {"force_floor_bytes": 5}, {}) == 5
-    assert read_bytes_setting("force_floor_bytes", {"force_floor_bytes": 5}, {"SHOAL_FORCE_FLOOR_BYTES": "7"}) == 7
-    with pytest.raises(BadInput):
-        read_bytes_setting("force_floor_bytes", {"force_floor_bytes": "much"}, {})

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from shoal_common.errors import BadInput
 from shoal_common.messages.instances import InstanceSpec, PlacementConstraints, StageSpec
+from shoal_common.settings.values import read_settings
 from shoal_placement.leader.migration_plan import plan_migrations
-from shoal_placement.settings import PlacementSettings, read_settings
+from shoal_placement.settings import PlacementSettings
 from tests.placement.unit.test_cluster_facts import COMMIT
 
 AFTER_S = 60.0
@@ -63,11 +64,14 @@ def test_instances_on_live_undrained_nodes_never_migrate(
 
 
 def test_settings_are_durations_and_the_environment_wins() -> None:
-    assert read_settings({}, {}) == PlacementSettings(86400.0, 60.0)
-    assert read_settings({"retire_after": "36h", "replace_after": "5min"}, {}) == PlacementSettings(36 * 3600, 300)
-    assert read_settings({"retire_after": "36h"}, {"SHOAL_RETIRE_AFTER": "7d"}) == PlacementSettings(7 * 86400, 60)
+    def read(section: dict[str, object], **environ: str) -> PlacementSettings:
+        return read_settings(PlacementSettings, {"placement": section}, environ)
+
+    assert read({}) == PlacementSettings(86400.0, 60.0)
+    assert read({"retire_after": "36h", "replace_after": "5min"}) == PlacementSettings(36 * 3600, 300)
+    assert read({"retire_after": "36h"}, SHOAL_RETIRE_AFTER="7d") == PlacementSettings(7 * 86400, 60)
     for wrong in ("0s", "-1h", "soon", "1.5h", "h", "٣h", "9999999999s"):
         with pytest.raises(BadInput, match="retire_after"):
-            read_settings({"retire_after": wrong}, {})
+            read({"retire_after": wrong})
         with pytest.raises(BadInput, match="replace_after"):
-            read_settings({"replace_after": wrong}, {})
+            read({"replace_after": wrong})

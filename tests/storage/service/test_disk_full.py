@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from shoal_common.errors import DiskFull, ShoalError
 from shoal_common.messages.envelope import Empty
 from shoal_common.messages.storage import CheckSpace, CollectGarbage, Reserve
+from shoal_common.settings.node import StorageSettings
 from shoal_common.store.verification_stamp import write_stamp
 from shoal_storage.eviction import executor as room_module
 from shoal_storage.eviction.disk_full import DiskFullHandler, map_disk_full
 from shoal_storage.files.ballast import BallastFile, next_step
-from shoal_storage.settings import StorageSettings
 from tests.harness.nats import NatsServer
 from tests.harness.tiny_filesystem import fill, fill_more, free_bytes, small_disk
 from tests.harness.waiting import eventually

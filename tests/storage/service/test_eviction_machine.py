@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from shoal_common.errors import QuotaExceeded
+from shoal_common.settings.node import StorageSettings
 from shoal_common.store.verification_stamp import write_stamp
 from shoal_storage.admission.admission import Admission, admit
 from shoal_storage.eviction.planner import find_garbage, plan_eviction, protected_models
 from shoal_storage.files.metadata_files import MetadataFiles
 from shoal_storage.ledger.references import arriving_models, blobs_freed_by
 from shoal_storage.ledger.usage import ModelUser
-from shoal_storage.settings import StorageSettings
 from shoal_storage.startup import recover_store
 from shoal_storage.store.commit import commit_blob, delete_blob, seal_model
 from shoal_storage.store.partials import delete_partial, verify_partial, write_partial

@@ -19,12 +19,12 @@ from shoal_common.liveness.liveness import Liveness
 from shoal_common.messages.instances import InstanceSpec
 from shoal_common.messages.storage import CommitBlob, EvictionPlan, Reserve, SealModel
 from shoal_common.service import ServiceContext
+from shoal_common.settings.node import StorageSettings
 from shoal_storage.eviction import executor as room_module
 from shoal_storage.handlers import deletion
 from shoal_storage.handlers.fetch import FetchApi
 from shoal_storage.leases import last_use as uses_module
 from shoal_storage.publisher import StatePublisher
-from shoal_storage.settings import StorageSettings
 from shoal_storage.startup import recover_store
 from shoal_storage.store.store import Store
 from shoal_storage.store.tombstones import finish_delete

@@ -35,9 +35,9 @@ from shoal_common.messages.storage import (
     SealModel,
 )
 from shoal_common.rpc.request_reply import RpcEndpoint, serve
+from shoal_common.settings.node import StorageSettings
 from shoal_storage.handlers.maintenance import MaintenanceApi
 from shoal_storage.ledger.ledger import Ledger
-from shoal_storage.settings import StorageSettings
 from tests.harness.nats import NatsServer
 from tests.storage.service.test_eviction_machine import MODELS
 from tests.storage.service.test_eviction_races import Held, holding

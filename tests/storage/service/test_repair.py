@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from shoal_common.errors import Corrupt, QuotaExceeded
 from shoal_common.messages.manifest import Manifest, ManifestFile
+from shoal_common.settings.node import StorageSettings
 from shoal_common.store.bitmap import LEAF_BYTES, leaf_count
 from shoal_common.store.leaf_hash import leaf_hash
 from shoal_storage.admission.admission import admit
@@ -23,7 +24,6 @@ from shoal_storage.integrity import blob_check, quarantine
 from shoal_storage.integrity.repair import create_partial, record_good_leaves, repairable_blobs
 from shoal_storage.ledger.ledger import Ledger
 from shoal_storage.ledger.references import manifests_with_blob
-from shoal_storage.settings import StorageSettings
 from shoal_storage.store.commit import delete_quarantined
 from shoal_storage.store.partials import delete_partial, verify_partial, write_partial
 from tests.harness.nats import NatsServer

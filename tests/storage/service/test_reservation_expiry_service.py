@@ -18,6 +18,7 @@ from shoal_common.messages import encode
 from shoal_common.messages.downloads import DownloadRequest, DownloadState
 from shoal_common.messages.liveness import LivenessRecord
 from shoal_common.messages.storage import CommitBlob, Release, Reserve, SealModel
+from shoal_common.settings.node import StorageSettings
 from shoal_storage.admission.reservation_expiry import (
     FETCHER_DOWN_AFTER_S,
     RESERVATION_GRACE_S,
@@ -25,7 +26,6 @@ from shoal_storage.admission.reservation_expiry import (
 from shoal_storage.eviction.planner import protected_models
 from shoal_storage.files.metadata_files import MetadataFiles
 from shoal_storage.handlers.reservations import ReservationExpiry
-from shoal_storage.settings import StorageSettings
 from shoal_storage.startup import recover_store
 from shoal_storage.store.partials import has_partial
 from tests.harness.nats import NatsServer

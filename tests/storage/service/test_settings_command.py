@@ -15,14 +15,8 @@ from shoal_common.errors import BadInput, QuotaExceeded, Refused
 from shoal_common.messages import decode, encode
 from shoal_common.messages.envelope import Outcome
 from shoal_common.messages.storage import Configure
-from shoal_storage.settings import (
-    DEFAULT_HEADROOM_BYTES,
-    StorageSettings,
-    overridden_settings,
-    read_settings,
-    requested_changes,
-    settings_warning,
-)
+from shoal_common.settings.node import StorageSettings
+from shoal_storage.settings import requested_changes, settings_warning
 from tests.harness.nats import NatsServer
 from tests.harness.process import node_environment, started
 from tests.storage.running_storage import Node, on_node
@@ -146,7 +140,7 @@ async def test_bad_values_are_refused_and_nothing_is_written(nats: NatsServer, f
                 ({"max_storage_bytes": True}, "max_storage_bytes"),
                 ({"eviction_policy": "fifo"}, "eviction_policy"),
                 ({"eviction_policy": "lru", "headroom_bytes": 1.5}, "headroom_bytes"),
-                ({}, "changes nothing"),
+                ({}, "nothing to change"),
             ):
                 outcome = await configure(node, body)
                 assert outcome.error is not None and outcome.error.code in ("bad_input", "bad_message"), body
@@ -154,7 +148,8 @@ async def test_bad_values_are_refused_and_nothing_is_written(nats: NatsServer, f
             # A mistake that somebody makes in the file while storage runs is not overwritten.
             path.write_text(f'id = "{node.node}"\n[storage]\nmax_storage_bytes = "lots"\n')
             broken = await configure(node, Configure(headroom_bytes=5))
-            assert broken.error is not None and "storage.max_storage_bytes is 'lots'" in broken.error.message
+            assert broken.error is not None
+            assert "storage.max_storage_bytes in node.toml is 'lots'" in broken.error.message
             assert "headroom" not in path.read_text()
             path.write_text("[storage\n")
             unreadable = await configure(node, Configure(headroom_bytes=5))
@@ -188,7 +183,8 @@ async def test_rates_go_into_their_own_section_all_or_none(nats: NatsServer, fre
             # A mistake in one section refuses a change of the other.
             path.write_text(before.replace("20000000", '"fast"'))
             broken = await configure(node, Configure(headroom_bytes=9))
-            assert broken.error is not None and "transfer.max_hub_bytes_per_s is 'fast'" in broken.error.message
+            assert broken.error is not None
+            assert "transfer.max_hub_bytes_per_s in node.toml is 'fast'" in broken.error.message
             path.write_text(before)
             assert (await configure(node, Configure(max_hub_bytes_per_s=None))).ok
             assert (await node.storage_state()).max_hub_bytes_per_s is None
@@ -206,9 +202,9 @@ async def test_concurrent_settings_changes_all_apply(nats: NatsServer, fresh: Fr
     ("toml", "environ", "expected"),
     [
         ("[storage\n", {}, "node.toml cannot be read"),
-        ("[storage]\neviction_policy = 'fifo'\n", {}, "storage.eviction_policy is 'fifo'"),
+        ("[storage]\neviction_policy = 'fifo'\n", {}, "storage.eviction_policy in node.toml is 'fifo'"),
         ("", {"SHOAL_EVICTION_POLICY": "LRU"}, "SHOAL_EVICTION_POLICY is 'LRU'"),
-        ("[storage]\nheadroom_bytes = -1\n", {}, "storage.headroom_bytes is -1"),
+        ("[storage]\nheadroom_bytes = -1\n", {}, "storage.headroom_bytes in node.toml is -1"),
     ],
 )
 async def test_a_malformed_file_ends_the_start_with_one_clear_line(
@@ -223,20 +219,12 @@ async def test_a_malformed_file_ends_the_start_with_one_clear_line(
             assert "Traceback" not in process.output
 
 
-def test_settings_have_defaults_and_the_environment_wins() -> None:
-    assert read_settings({}, {}) == StorageSettings(None, DEFAULT_HEADROOM_BYTES, "manual")
-    settings = {"storage": {"eviction_policy": "lru"}}
-    assert read_settings(settings, {}).eviction_policy == "lru"
-    assert read_settings(settings, {"SHOAL_EVICTION_POLICY": "manual"}).eviction_policy == "manual"
-    assert overridden_settings({"SHOAL_HEADROOM_BYTES": "0", "SHOAL_EVICTION_POLICY": ""}) == ["headroom_bytes"]
-
-
 def test_only_given_settings_change_and_null_removes_the_quota() -> None:
     assert requested_changes(Configure(max_storage_bytes=None), {}) == {"max_storage_bytes": None}
     assert requested_changes(Configure(headroom_bytes=0), {}) == {"headroom_bytes": 0}
     with pytest.raises(Refused, match="unset SHOAL_EVICTION_POLICY"):
         requested_changes(Configure(eviction_policy="lru"), {"SHOAL_EVICTION_POLICY": "lru"})
-    with pytest.raises(BadInput, match="changes nothing"):
+    with pytest.raises(BadInput, match="nothing to change"):
         requested_changes(Configure(), {})
 
 

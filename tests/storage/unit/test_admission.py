@@ -9,12 +9,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from shoal_common.errors import BadInput, QuotaExceeded
 from shoal_common.messages.manifest import Manifest, ManifestFile
+from shoal_common.settings.node import StorageSettings
 from shoal_common.units import format_bytes
 from shoal_storage.admission.admission import admit
 from shoal_storage.ledger.entries import PartialBlobInfo
 from shoal_storage.ledger.ledger import Ledger
 from shoal_storage.ledger.references import blobs_freed_by, matching_manifests, referenced_blobs
-from shoal_storage.settings import StorageSettings
 from tests.storage.ledger_builder import build_ledger
 
 SIZES = [0, 1, 7, 10, 30, 64, 100, 250]

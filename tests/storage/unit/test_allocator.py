@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from shoal_common.errors import QuotaExceeded
 from shoal_common.messages.storage import EvictionPlan
+from shoal_common.settings.node import StorageSettings
 from shoal_storage.admission.admission import admit, available_by_volume, space_demand
 from shoal_storage.admission.allocator import VolumeSpace, allocate, shortfall_bytes
 from shoal_storage.eviction.planner import find_garbage, garbage_bytes_of, plan_eviction, protected_models
 from shoal_storage.ledger.ledger import Ledger
 from shoal_storage.ledger.references import blobs_freed_by, referenced_blobs
-from shoal_storage.settings import StorageSettings
 from tests.storage.ledger_builder import build_ledger
 from tests.storage.unit.test_eviction_planner import BLOB_SETS, LEDGERS, NAMES, SIZES, manifest_of
 

@@ -14,6 +14,7 @@ from shoal_common.messages import decode, encode
 from shoal_common.messages.instances import InstanceSpec, StageSpec
 from shoal_common.messages.manifest import Manifest, ManifestFile
 from shoal_common.messages.storage import EvictionPlan
+from shoal_common.settings.node import StorageSettings
 from shoal_storage.admission.admission import Shortfall, SpaceDemand, admit, store_space
 from shoal_storage.eviction.planner import (
     find_garbage,
@@ -25,7 +26,6 @@ from shoal_storage.eviction.planner import (
 from shoal_storage.ledger.ledger import Ledger
 from shoal_storage.ledger.references import blobs_freed_by, referenced_blobs
 from shoal_storage.ledger.usage import ModelUser, users_of
-from shoal_storage.settings import StorageSettings
 from tests.storage.ledger_builder import build_ledger
 
 SIZES = {f"{n:064x}": size for n, size in enumerate([0, 1, 2, 5, 10, 30, 64, 100])}

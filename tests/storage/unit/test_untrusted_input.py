@@ -1,8 +1,6 @@
-"""Input from outside: manifests and settings, hostile ones too."""
+"""Manifests from outside, hostile ones too."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping
 
 import pytest
 from msgspec import structs
@@ -10,7 +8,6 @@ from msgspec import structs
 from shoal_common.errors import BadInput, BadName
 from shoal_common.messages.manifest import Manifest, ManifestFile
 from shoal_storage.admission.manifest_check import check_manifest
-from shoal_storage.settings import DEFAULT_HEADROOM_BYTES, read_settings
 from tests.storage.store_fixtures import Model
 
 SHA = "ab" * 32
@@ -100,41 +97,3 @@ def test_I10_a_revision_is_a_branch_or_a_tag(revision: str) -> None:
 def test_a_manifest_that_contradicts_itself_is_refused(manifest: Manifest) -> None:
     with pytest.raises(BadInput):
         check_manifest(manifest)
-
-
-@pytest.mark.parametrize(
-    ("settings", "environ", "quota_bytes", "headroom_bytes"),
-    [
-        ({}, {}, None, DEFAULT_HEADROOM_BYTES),
-        ({"storage": {"max_storage_bytes": 500, "headroom_bytes": 7}}, {}, 500, 7),
-        ({"storage": {"max_storage_bytes": 500}}, {"SHOAL_MAX_STORAGE_BYTES": "900"}, 900, DEFAULT_HEADROOM_BYTES),
-        ({"storage": {"headroom_bytes": 500}}, {"SHOAL_HEADROOM_BYTES": "0"}, None, 0),
-        ({"storage": {"max_storage_bytes": 0, "headroom_bytes": 0}}, {"SHOAL_MAX_STORAGE_BYTES": ""}, 0, 0),
-    ],
-)
-def test_limits_come_from_node_toml_and_the_environment_wins(
-    settings: Mapping[str, object], environ: Mapping[str, str], quota_bytes: int | None, headroom_bytes: int
-) -> None:
-    limits = read_settings(settings, environ)
-    assert (limits.quota_bytes, limits.headroom_bytes) == (quota_bytes, headroom_bytes)
-
-
-@pytest.mark.parametrize(
-    ("settings", "environ", "named"),
-    [
-        ({}, {"SHOAL_MAX_STORAGE_BYTES": "lots"}, "SHOAL_MAX_STORAGE_BYTES is 'lots'"),
-        ({}, {"SHOAL_HEADROOM_BYTES": "-5"}, "SHOAL_HEADROOM_BYTES is '-5'"),
-        ({"storage": {"max_storage_bytes": "1 TB"}}, {}, "storage.max_storage_bytes is '1 TB'"),
-        ({"storage": {"max_storage_bytes": -1}}, {}, "storage.max_storage_bytes is -1"),
-        ({"storage": {"headroom_bytes": True}}, {}, "storage.headroom_bytes is True"),
-        ({"storage": {"headroom_bytes": 1.5}}, {}, "storage.headroom_bytes is 1.5"),
-        ({"storage": 3}, {}, "storage in node.toml is 3"),
-        ({"storage": {"path": 3}}, {}, "storage.path in node.toml is 3"),
-    ],
-)
-def test_a_bad_setting_is_named_in_one_line(
-    settings: Mapping[str, object], environ: Mapping[str, str], named: str
-) -> None:
-    with pytest.raises(BadInput) as refused:
-        read_settings(settings, environ)
-    assert named in refused.value.message and "\n" not in refused.value.message

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from shoal_cli.doctor.finding import Finding, or_ok
-from shoal_cli.render.units import show_seconds
+from shoal_common.units import format_duration
 
 CHECK = "clocks"
 WARNING_S = 5.0
@@ -76,7 +76,7 @@ def _check_one(offset: ClockOffset) -> Finding | None:
         return None
     least = "at least " if offset.at_least else ""
     direction = "ahead of" if certain_s > 0 else "behind"
-    what = f"the clock of node {offset.node} is {least}{show_seconds(abs(offset.ahead_s))} {direction} NATS's"
+    what = f"the clock of node {offset.node} is {least}{format_duration(abs(offset.ahead_s))} {direction} NATS's"
     about = f"node {offset.node}"
     effect = "its logs and file times are off by that"
     if abs(certain_s) < PROBLEM_S:

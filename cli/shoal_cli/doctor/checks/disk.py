@@ -7,16 +7,14 @@ from collections.abc import Sequence
 import msgspec
 
 from shoal_cli.doctor.finding import Finding, or_ok
-from shoal_cli.render.units import show_bytes
 from shoal_common.messages.storage import StorageState
+from shoal_common.settings.node import StorageSettings
 from shoal_common.store.mounts import NETWORK_FILE_SYSTEMS
+from shoal_common.units import format_bytes
 
 DISK, VOLUMES = "disk", "volumes"
-DEFAULT_HEADROOM_BYTES = 1 << 30
-DEFAULT_BALLAST_BYTES = 64 << 20
-"""Storage's defaults; a test compares both with storage's own."""
 BALLAST_FREE_FACTOR = 4
-"""Storage creates the ballast when this many times its size is free beside the headroom."""
+"""Storage creates the ballast when this many times its size is free beside the headroom; a test compares the two."""
 MIN_INODES = 10_000
 MIN_HOME_BYTES = 256 << 20
 """For NATS's store, logs and settings, where the home is on another disk than the store."""
@@ -50,11 +48,10 @@ class DiskFacts(msgspec.Struct, frozen=True, kw_only=True):
     """Whether there is a store: it has its VERSION."""
     ballast_bytes: int = 0
     """What deleting the ballast file would free."""
-    ballast_target_bytes: int = DEFAULT_BALLAST_BYTES
-    headroom_bytes: int = DEFAULT_HEADROOM_BYTES
-    quota_bytes: int | None = None
-    settings_error: str = ""
-    """What is wrong with `[storage]` of node.toml or the environment."""
+    settings: StorageSettings = StorageSettings()
+    """Those of node.toml and the environment, with the default in place of an invalid one."""
+    settings_errors: Sequence[str] = ()
+    """What is wrong with the invalid ones, or with node.toml."""
     volumes: Sequence[FileSystemInfo] = ()
     """Volumes that the store remembers; `exists`: whether that very volume is mounted at its path."""
     libraries: Sequence[FileSystemInfo] = ()
@@ -71,8 +68,8 @@ def check(facts: DiskFacts) -> list[Finding]:
 def _disk(facts: DiskFacts) -> list[Finding]:
     store, state = facts.store, facts.state
     wrong: list[Finding] = []
-    if facts.settings_error:
-        wrong.append(Finding(DISK, "problem", facts.settings_error, "correct it, then run `shoal restart storage`"))
+    for error in facts.settings_errors:
+        wrong.append(Finding(DISK, "problem", error, "correct it, then run `shoal restart storage`"))
     if store.error:
         remedy = "mount its disk, or give this user access; storage.path in node.toml says where the store is"
         what = f"the store at {store.path} cannot be read: {store.error}"
@@ -92,11 +89,10 @@ def _disk(facts: DiskFacts) -> list[Finding]:
     if facts.home.device != store.device and not facts.home.error:
         wrong += _file_system(facts.home, "the home")
         if facts.home.free_bytes < MIN_HOME_BYTES:
-            what = (
-                f"the disk of {facts.home.path} has {show_bytes(facts.home.free_bytes)} free; NATS and logs need more"
-            )
+            free = format_bytes(facts.home.free_bytes)
+            what = f"the disk of {facts.home.path} has {free} free; NATS and logs need more"
             wrong.append(Finding(DISK, "problem", what, "free some space there", facts.home.path))
-    free = f"{show_bytes(store.free_bytes)} free of {show_bytes(store.total_bytes)}"
+    free = f"{format_bytes(store.free_bytes)} free of {format_bytes(store.total_bytes)}"
     what = f"the store at {store.path} ({store.kind or 'unknown file system'}): {free}"
     if not facts.store_exists:
         what = f"no store yet at {store.path}: {free}"
@@ -122,8 +118,8 @@ def _file_system(info: FileSystemInfo, name: str) -> list[Finding]:
 
 def _free_space(facts: DiskFacts) -> list[Finding]:
     free = facts.store.free_bytes + facts.ballast_bytes
-    headroom = facts.state.headroom_bytes if facts.state else facts.headroom_bytes
-    what = f"{facts.store.path} has {show_bytes(free)} free, of which {show_bytes(headroom)} is headroom"
+    headroom = (facts.state or facts.settings).headroom_bytes
+    what = f"{facts.store.path} has {format_bytes(free)} free, of which {format_bytes(headroom)} is headroom"
     remedy = "`shoal rm` a model, `shoal gc`, or free space beside Shoal; `shoal storage set --headroom` changes it"
     if free < headroom:
         return [Finding(DISK, "problem", f"{what}: no model fits", remedy, facts.store.path)]
@@ -139,7 +135,7 @@ def _quota(facts: DiskFacts) -> list[Finding]:
     taken, quota = state.used_bytes + state.reserved_bytes, state.quota_bytes
     if taken <= QUOTA_WARNING_SHARE * quota:
         return []
-    what = f"{show_bytes(taken)} of the quota of {show_bytes(quota)} are used or reserved"
+    what = f"{format_bytes(taken)} of the quota of {format_bytes(quota)} are used or reserved"
     if state.eviction_policy == "lru":
         # Intended: a new model evicts old ones. Only use beyond the quota is worth a line.
         return [] if taken <= quota else [Finding(DISK, "warning", f"{what}: the next model evicts others first")]
@@ -148,10 +144,10 @@ def _quota(facts: DiskFacts) -> list[Finding]:
 
 
 def _ballast(facts: DiskFacts) -> list[Finding]:
-    target = facts.ballast_target_bytes
+    target = facts.settings.ballast_bytes
     if not (facts.store_exists and facts.storage_runs and target) or facts.ballast_bytes:
         return []
-    headroom = facts.state.headroom_bytes if facts.state else facts.headroom_bytes
+    headroom = (facts.state or facts.settings).headroom_bytes
     if facts.store.free_bytes - headroom < BALLAST_FREE_FACTOR * target:
         what = "there is no ballast file: storage deleted it because the disk is full or nearly so"
         return [Finding(DISK, "warning", what, "free some space: storage then creates it again")]
@@ -174,8 +170,10 @@ def _volumes(facts: DiskFacts) -> list[Finding]:
             wrong.append(Finding(VOLUMES, "problem", what, remedy, volume.path))
             continue
         wrong += [msgspec.structs.replace(f, check=VOLUMES) for f in _file_system(volume, "the volume")]
-        if volume.free_bytes < facts.headroom_bytes:
-            what = f"the volume {volume.path} has {show_bytes(volume.free_bytes)} free: nothing more is stored there"
+        if volume.free_bytes < facts.settings.headroom_bytes:
+            what = (
+                f"the volume {volume.path} has {format_bytes(volume.free_bytes)} free: nothing more is stored there"
+            )
             wrong.append(Finding(VOLUMES, "warning", what, "free some space there", volume.path))
     library_errors = {x.path: x.error for x in facts.state.libraries} if facts.state else {}
     for library in facts.libraries:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import msgspec
 
 from shoal_cli.doctor.finding import Finding, Level, or_ok
-from shoal_cli.render.units import show_bytes
+from shoal_common.units import format_bytes
 
 MEMORY, LIMITS = "memory", "open files"
 MIN_AVAILABLE_SHARE = 0.1
@@ -24,7 +24,8 @@ class MemoryFacts(msgspec.Struct, frozen=True, kw_only=True):
     available_bytes: int
     cap_bytes: int | None = None
     """`[inference] max_memory_bytes`."""
-    cap_error: str = ""
+    settings_errors: Sequence[str] = ()
+    """What is wrong with `[inference]` of node.toml or the environment."""
     machine_bytes: int | None = None
     """All of the machine's, of which a container may have `total_bytes`."""
 
@@ -42,19 +43,18 @@ def check_memory(facts: MemoryFacts) -> list[Finding]:
     """Return what is wrong with the memory."""
     wrong = []
     cap, total = facts.cap_bytes, facts.total_bytes
-    if facts.cap_error:
-        remedy = "give bytes, for example max_memory_bytes = 24000000000, then run `shoal restart inference`"
-        wrong.append(Finding(MEMORY, "problem", facts.cap_error, remedy))
+    for error in facts.settings_errors:
+        wrong.append(Finding(MEMORY, "problem", error, "correct it, then run `shoal restart inference`"))
     if cap is not None and cap > total:
-        what = f"the memory cap of {show_bytes(cap)} has no effect: there are {show_bytes(total)}"
+        what = f"the memory cap of {format_bytes(cap)} has no effect: there are {format_bytes(total)}"
         wrong.append(Finding(MEMORY, "warning", what, "lower [inference] max_memory_bytes in node.toml"))
     if facts.available_bytes < MIN_AVAILABLE_SHARE * total:
-        what = f"only {show_bytes(facts.available_bytes)} of {show_bytes(total)} memory are available"
+        what = f"only {format_bytes(facts.available_bytes)} of {format_bytes(total)} memory are available"
         wrong.append(Finding(MEMORY, "warning", what, "end what uses it; `shoal ps` shows the instances"))
-    capped = "" if cap is None else f", at most {show_bytes(cap)} for instances"
+    capped = "" if cap is None else f", at most {format_bytes(cap)} for instances"
     machine = facts.machine_bytes
-    limited = f", which a control group allows of {show_bytes(machine)}" if machine and machine > total else ""
-    what = f"{show_bytes(facts.available_bytes)} of {show_bytes(total)} available{limited}{capped}"
+    limited = f", which a control group allows of {format_bytes(machine)}" if machine and machine > total else ""
+    what = f"{format_bytes(facts.available_bytes)} of {format_bytes(total)} available{limited}{capped}"
     return or_ok(MEMORY, wrong, what)
 
 

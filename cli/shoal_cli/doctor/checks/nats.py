@@ -10,8 +10,8 @@ from nats.js import api
 
 from shoal_cli.doctor.checks.reachability import ConnectError, OsInfo, connect_remedy, describe
 from shoal_cli.doctor.finding import Finding, join_names, or_ok
-from shoal_cli.render.units import show_bytes
 from shoal_common.bus.streams import config_mismatches
+from shoal_common.units import format_bytes
 
 NATS, STREAMS, NATS_STORE = "nats", "streams", "nats store"
 MIN_VERSION = (2, 11, 0)
@@ -138,7 +138,7 @@ def _server(facts: NatsFacts) -> list[Finding]:
                 Finding(NATS, "problem", what, f"upgrade it to {least} or later; Shoal includes one", server.url)
             )
         if server.max_payload_bytes < MIN_PAYLOAD_BYTES:
-            what = f"NATS at {server.url} accepts messages of at most {show_bytes(server.max_payload_bytes)}"
+            what = f"NATS at {server.url} accepts messages of at most {format_bytes(server.max_payload_bytes)}"
             wrong.append(Finding(NATS, "problem", what, "set max_payload: 1MB in its configuration", server.url))
     if facts.forbidden:
         what = f"our credentials lack permissions that Shoal needs: {join_names(list(facts.forbidden), 2)}"
@@ -211,8 +211,8 @@ def _store(facts: NatsFacts) -> list[Finding]:
     known = [bound for bound in bounds if bound > 0]
     if facts.store_used_bytes is not None and known:
         wrong += _fill("NATS's store", facts.store_used_bytes, min(known))
-    used = "" if facts.store_used_bytes is None else f"{show_bytes(facts.store_used_bytes)} used"
-    limit = f" of {show_bytes(min(known))}" if known else "; its limit is not visible from here"
+    used = "" if facts.store_used_bytes is None else f"{format_bytes(facts.store_used_bytes)} used"
+    limit = f" of {format_bytes(min(known))}" if known else "; its limit is not visible from here"
     return or_ok(NATS_STORE, wrong, used + limit)
 
 
@@ -220,7 +220,7 @@ def _fill(what: str, used_bytes: int, max_bytes: int) -> list[Finding]:
     share = used_bytes / max_bytes
     if share < WARNING_SHARE:
         return []
-    text = f"{what} is {100 * share:.0f} % full: {show_bytes(used_bytes)} of {show_bytes(max_bytes)}"
+    text = f"{what} is {100 * share:.0f} % full: {format_bytes(used_bytes)} of {format_bytes(max_bytes)}"
     remedy = "at 100 % writes are refused: raise max_file_store, or remove streams that are not Shoal's"
     if what.startswith("stream"):
         remedy = (

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
-from shoal_cli.doctor.checks.disk import DEFAULT_BALLAST_BYTES, DEFAULT_HEADROOM_BYTES, DiskFacts, FileSystemInfo
+from shoal_cli.doctor.checks.disk import DiskFacts, FileSystemInfo
 from shoal_cli.doctor.probes.local_node import LocalNode
+from shoal_common.settings.node import StorageSettings
+from shoal_common.settings.values import read_valid_settings
 from shoal_common.store.blob_lookup import read_volumes
 from shoal_common.store.mounts import Mount, file_system_of, mounts
 from shoal_common.store.store_paths import StorePaths
@@ -20,19 +21,16 @@ def probe(local: LocalNode) -> DiskFacts:
     """Return what the file systems tell; what storage publishes is added later."""
     mounted = mounts()
     layout = StorePaths(local.store)
-    section = local.settings.get("storage", {})
-    section = section if isinstance(section, dict) else {}
-    libraries, error = _libraries(section, local.environ)
+    settings, errors = read_valid_settings(StorageSettings, local.settings, local.environ)
     return DiskFacts(
         store=file_system(local.store, mounted),
         home=file_system(local.home, mounted),
         store_exists=_exists(layout.version),
         ballast_bytes=_allocated(layout.ballast),
-        ballast_target_bytes=_number("ballast_bytes", section, local.environ, DEFAULT_BALLAST_BYTES),
-        headroom_bytes=_number("headroom_bytes", section, local.environ, DEFAULT_HEADROOM_BYTES),
-        settings_error=local.settings_error or error,
+        settings=settings,
+        settings_errors=[local.settings_error] if local.settings_error else [e.message for e in errors],
         volumes=[_volume(path, identity, mounted) for identity, path in _remembered(layout)],
-        libraries=[file_system(Path(library).expanduser(), mounted) for library in libraries],
+        libraries=[file_system(Path(library).expanduser(), mounted) for library in settings.libraries],
     )
 
 
@@ -94,19 +92,3 @@ def _allocated(path: Path) -> int:
     except OSError:
         return 0
     return min(stat.st_size, stat.st_blocks * 512)
-
-
-def _number(name: str, section: Mapping[str, Any], environ: Mapping[str, str], default: int) -> int:
-    """Return a setting as storage reads it. An invalid one is storage's to report: it does not start with it."""
-    value = environ.get(f"SHOAL_{name.upper()}") or section.get(name)
-    text = str(value)
-    return int(text) if value is not None and text.isascii() and text.isdigit() else default
-
-
-def _libraries(section: Mapping[str, Any], environ: Mapping[str, str]) -> tuple[list[str], str]:
-    """Return the libraries, and what is wrong with the setting."""
-    setting = environ.get("SHOAL_LIBRARIES")
-    paths = [p for p in setting.split(":") if p] if setting else section.get("libraries", [])
-    if not isinstance(paths, list) or not all(isinstance(p, str) for p in paths):
-        return [], f"storage.libraries in node.toml is {paths!r}: it must be a list of directories"
-    return paths, ""

@@ -10,24 +10,21 @@ import psutil
 from shoal_cli.doctor.checks.machine import MemoryFacts, OpenFiles
 from shoal_cli.doctor.probes.local_node import LocalNode
 from shoal_common.host.cgroup import AvailableMemory, tightest
+from shoal_common.settings.node import InferenceSettings
+from shoal_common.settings.values import read_valid_settings
 
 
 def memory(local: LocalNode) -> MemoryFacts:
     """Return the memory that a process may have here, and the cap that is set for it."""
     machine, *groups = AvailableMemory().read()
     limit = tightest([machine, *groups])
-    section = local.settings.get("inference", {})
-    value = local.environ.get("SHOAL_MAX_MEMORY_BYTES")
-    if not value and isinstance(section, dict):
-        value = section.get("max_memory_bytes")
-    text = str(value) if value else ""
-    is_invalid = bool(text) and not text.isdecimal()
+    settings, errors = read_valid_settings(InferenceSettings, local.settings, local.environ)
     return MemoryFacts(
         total_bytes=limit.total_bytes,
         available_bytes=limit.available_bytes,
         machine_bytes=machine.total_bytes,
-        cap_bytes=int(text) if text and not is_invalid else None,
-        cap_error=f"max_memory_bytes {value!r} is not a number of bytes" if is_invalid else "",
+        cap_bytes=settings.max_memory_bytes,
+        settings_errors=[e.message for e in errors],
     )
 
 

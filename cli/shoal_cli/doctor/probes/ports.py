@@ -11,9 +11,11 @@ import psutil
 
 from shoal_cli.doctor.checks.ports import ExpectedPort, PortListener
 from shoal_cli.doctor.probes.local_node import LocalNode
-from shoal_cli.node.node_plan import GATEWAY_PORT, LOOPBACK, NATS_PORT
+from shoal_cli.node.node_plan import LOOPBACK, NATS_PORT
 from shoal_cli.node.ports import bind_problem
 from shoal_common.messages.liveness import LivenessRecord
+from shoal_common.settings.node import PortSettings
+from shoal_common.settings.values import read_valid_settings
 
 _SERVICES = ("nats", "gateway", "fileserver")
 
@@ -55,6 +57,7 @@ def expected(
     pids = {c.name: c.pid for c in status.children} if status else {}
     running = {c.name for c in status.children if c.phase == "ready"} if status else set(live)
     known = {c.name for c in status.children} if status else set(_SERVICES)
+    settings, _ = read_valid_settings(PortSettings, {}, local.environ)
     ports = []
     if local.runs_nats and (status is None or "nats" in known):
         url = urlsplit(local.servers[0]) if local.servers else urlsplit("")
@@ -63,12 +66,10 @@ def expected(
         ports.append(_expected("nats", host, port, "nats" in running or (status is None and bool(live))))
     if "gateway" in known:
         url = urlsplit(status.gateway if status else "")
-        setting = local.environ.get("SHOAL_GATEWAY_PORT", "")
-        port = url.port or (int(setting) if setting.isdecimal() else GATEWAY_PORT)
+        port = url.port or settings.gateway_port
         ports.append(_expected("gateway", url.hostname or _bind_address(local), port, "gateway" in running))
     if "fileserver" in known:
-        setting = local.environ.get("SHOAL_FILESERVER_PORT", "")
-        port = int(setting) if setting.isdecimal() else 0
+        port = settings.fileserver_port
         if "fileserver" in running:
             port = _published_port(live.get("fileserver")) or _port_of(pids.get("fileserver", 0), found) or port
         if port or "fileserver" in running:

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-import msgspec
+from typing import TYPE_CHECKING, Any
 
 from shoal_common.messages import WireStruct
 from shoal_common.messages.envelope import Command
 from shoal_common.messages.manifest import Manifest
 from shoal_common.messages.model_shape import ModelShape
+from shoal_common.settings.fields import with_changes_of, with_values_of
+from shoal_common.settings.node import PublishedSettings, StorageSettings
+
+if TYPE_CHECKING:
+
+    class _Published(PublishedSettings, WireStruct):
+        pass
+
+    _Changes = Command
+else:
+    _Published = with_values_of(PublishedSettings, WireStruct)
+    _Changes = with_changes_of(StorageSettings, Command)
 
 
 class LeaseState(WireStruct):
@@ -69,27 +79,21 @@ class VolumeState(WireStruct):
     """Size of blobs that another volume holds too; garbage."""
 
 
-class StorageState(WireStruct):
+class StorageState(_Published):
     """Settings and use of a node's disk. `state` key `storage.<node>`, published by that node's storage."""
 
     node: str
     """The node."""
-    quota_bytes: int | None = None
-    """Quota of the store; null if there is none."""
     used_bytes: int = 0
     """Size of all blobs, of the leaves of shards, and of unverified files."""
     reserved_bytes: int = 0
     """Bytes reserved for downloads that have not arrived yet."""
     free_bytes: int = 0
     """Free space of the store's disk."""
-    headroom_bytes: int = 0
-    """Part of the free space that Shoal leaves free."""
     model_count: int = 0
     """Complete models in the store."""
     blob_count: int = 0
     """Blobs in the store."""
-    eviction_policy: Literal["manual", "lru"] = "manual"
-    """Whether models are evicted to make space: never, or least recently used first."""
     pinned: list[str] = []
     """Models (`org/name@commit`) that are never evicted or deleted."""
     quarantined: list[str] = []
@@ -110,8 +114,6 @@ class StorageState(WireStruct):
     """Paths of the first foreign files, below the store."""
     store_missing: bool = False
     """Whether the store is missing, for example unmounted; its models are not offered then."""
-    partial_retention_s: int = 0
-    """How long bytes of abandoned downloads are kept."""
     ended_downloads: list[str] = []
     """Models (`org/name@commit`) of which only an ended download's bytes are left; evicted first."""
     paused_downloads: dict[str, int] = {}
@@ -122,12 +124,6 @@ class StorageState(WireStruct):
     """Libraries of this node."""
     volumes: list[VolumeState] = []
     """Volumes besides the store's own, each with its own `free_bytes`."""
-    max_upload_bytes_per_s: int | None = None
-    """Rate limit of the fileserver, in total; null means unlimited."""
-    max_hub_bytes_per_s: int | None = None
-    """Rate limit of downloads from the hub, in total; null means unlimited."""
-    max_peer_bytes_per_s: int | None = None
-    """Rate limit of downloads from each peer; null means unlimited."""
 
 
 class ModelState(WireStruct):
@@ -354,30 +350,15 @@ class Delete(Command):
     """`org/name@revision`, or `org/name` for all its revisions."""
 
 
-class Configure(Command):
-    """`cmd.storage.<node>.configure`: change this node's storage settings now and in its file.
+class Configure(_Changes):
+    """`cmd.storage.<node>.configure`: change this node's storage settings now and in its file (settings.md).
 
-    Fields left out keep their value.
+    Fields left out keep their value. A list replaces the one before; an empty one removes it.
     """
 
-    max_storage_bytes: int | msgspec.UnsetType | None = msgspec.UNSET
-    """Quota of the store; null removes it."""
-    eviction_policy: Literal["manual", "lru"] | msgspec.UnsetType = msgspec.UNSET
-    """Whether models are evicted to make space: never, or least recently used first."""
-    headroom_bytes: int | msgspec.UnsetType = msgspec.UNSET
-    """Bytes of the disk that Shoal leaves free."""
-    partial_retention_s: int | msgspec.UnsetType = msgspec.UNSET
-    """How long to keep bytes of abandoned downloads; 0 deletes them at once."""
-    libraries: list[str] | msgspec.UnsetType = msgspec.UNSET
-    """All libraries (read-only model directories), absolute or with `~`; an empty list removes them."""
-    volumes: list[str] | msgspec.UnsetType = msgspec.UNSET
-    """All volumes besides the store's own, absolute or with `~`; an empty list removes them, their files stay."""
-    max_upload_bytes_per_s: int | msgspec.UnsetType | None = msgspec.UNSET
-    """Rate limit of the fileserver, in total; null means unlimited."""
-    max_hub_bytes_per_s: int | msgspec.UnsetType | None = msgspec.UNSET
-    """Rate limit of downloads from the hub, in total; null means unlimited."""
-    max_peer_bytes_per_s: int | msgspec.UnsetType | None = msgspec.UNSET
-    """Rate limit of downloads from each peer; null means unlimited."""
+    if TYPE_CHECKING:  # whose checkers do not see the fields
+
+        def __init__(self, **fields: Any) -> None: ...
 
 
 class Pin(Command):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 
-from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -14,6 +13,8 @@ from shoal_common.messages.envelope import Command
 from shoal_common.messages.storage import CollectGarbage, Configure, EvictionPlan, Pin, PlanEviction, Verify
 from shoal_common.names import ModelRef
 from shoal_common.rpc.command_client import new_command_id
+from shoal_common.settings.node import StorageSettings
+from shoal_common.settings.values import checked_changes
 from shoal_gateway.cluster.status_view import storage_views
 from shoal_gateway.context import GatewayContext, gateway_of
 from shoal_gateway.rest.command_results import raise_first_error, results_by_node
@@ -22,9 +23,6 @@ from shoal_gateway.rest.node_selection import NodeSelection, select_storage_node
 from shoal_gateway.rest.routing import route
 
 _MAX_BYTES = (1 << 63) - 1
-_NUMBERS = {"max_storage_bytes": "bytes", "headroom_bytes": "bytes", "partial_retention_s": "seconds"}
-_RATES = ("max_upload_bytes_per_s", "max_hub_bytes_per_s", "max_peer_bytes_per_s")
-_CHANGEABLE = (*_NUMBERS, "eviction_policy", "libraries", "volumes", *_RATES)
 
 
 class ConfigureBody(Configure):
@@ -64,18 +62,7 @@ async def storages(request: Request) -> Response:
 async def configure(request: Request) -> Response:
     """`PUT /v1/storage/config`."""
     body = await read_body_as(request, ConfigureBody)
-    given = {name: getattr(body, name) for name in _CHANGEABLE}
-    if all(isinstance(value, UnsetType) for value in given.values()):
-        raise BadInput(f"there is nothing to change: give at least one of {', '.join(_CHANGEABLE)}")
-    for name, unit in _NUMBERS.items():
-        value = given[name]
-        if value is not UNSET and value is not None and not 0 <= value <= _MAX_BYTES:
-            raise BadInput(f"{name} is {value}; give a whole number of {unit}, at least 0", param=name)
-    for name in _RATES:
-        value = given[name]
-        if value is not UNSET and value is not None and not 1 <= value <= _MAX_BYTES:
-            raise BadInput(f"{name} is {value}; give a whole number of bytes per second, at least 1", param=name)
-    command = Configure(**given, deadline_s=body.deadline_s)
+    command = Configure(**checked_changes(StorageSettings, body), deadline_s=body.deadline_s)
     return await _on_nodes(request, "configure", command, body.node, body.nodes)
 
 

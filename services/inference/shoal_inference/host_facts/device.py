@@ -10,7 +10,6 @@ import asyncio
 import os
 import platform
 import sys
-from collections.abc import Mapping
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -18,7 +17,6 @@ from pathlib import Path
 import msgspec
 import psutil
 
-from shoal_common.errors import BadInput
 from shoal_common.host.cgroup import AvailableMemory, tightest
 from shoal_common.logs import StructuredLogger
 from shoal_inference.stage.compute.device import Device
@@ -42,25 +40,6 @@ class DeviceCache(msgspec.Struct, frozen=True):
     device: Device
     observed_bytes_per_s: float = 0.0
     """Bandwidth observed while stages worked; 0: none yet."""
-
-
-def read_bandwidth_setting(settings: Mapping[str, object], environ: Mapping[str, str]) -> float | None:
-    """Return `[inference] memory_bytes_per_s` of node.toml, or SHOAL_MEMORY_BYTES_PER_S; None: measure.
-
-    Raises BadInput.
-    """
-    value = environ.get("SHOAL_MEMORY_BYTES_PER_S") or settings.get("memory_bytes_per_s")
-    if not value:
-        return None
-    try:
-        speed = float(str(value))
-    except ValueError:
-        speed = -1.0
-    if not 0 < speed < float("inf"):
-        raise BadInput(
-            f"memory_bytes_per_s {value!r} is not a positive number of bytes per second; correct or remove it"
-        )
-    return speed
 
 
 def machine_fingerprint() -> str:

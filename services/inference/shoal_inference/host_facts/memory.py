@@ -10,7 +10,6 @@ from pathlib import Path
 import psutil
 from msgspec import structs
 
-from shoal_common.errors import BadInput
 from shoal_common.host.cgroup import MemoryLimit, tightest
 from shoal_common.messages.liveness import NodeFacts
 from shoal_inference.host_facts.memory_pressure import pressure_level
@@ -20,18 +19,6 @@ _MIB = 1 << 20
 _STEP_BYTES = 64 * _MIB
 _STEP_SHARE = 100
 _OWN_PAGES = re.compile(r"^Rss(?:Anon|Shmem):\s+(\d+) kB", re.MULTILINE)
-
-
-def read_bytes_setting(name: str, settings: Mapping[str, object], environ: Mapping[str, str]) -> int | None:
-    """Return a setting in bytes from SHOAL_<NAME> or `[inference]` of node.toml; None where it is not set.
-
-    `max_memory_bytes` is the cap, `force_floor_bytes` what forced stages must leave free. Raises BadInput.
-    """
-    value = environ.get(f"SHOAL_{name.upper()}") or settings.get(name)
-    try:
-        return int(str(value)) if value else None
-    except ValueError:
-        raise BadInput(f"{name} {value!r} is not a whole number of bytes; correct or remove it") from None
 
 
 def occupied_bytes(pid: int) -> int:

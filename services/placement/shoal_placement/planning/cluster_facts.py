@@ -14,10 +14,9 @@ from shoal_common.messages.instances import InstanceSpec
 from shoal_common.messages.liveness import NodeFacts
 from shoal_common.messages.model_shape import ModelShape
 from shoal_common.messages.storage import ModelState, ShardState
+from shoal_common.models.model_shape import DEFAULT_CONTEXT_TOKENS
 from shoal_common.names import DEFAULT_REVISION, LOCAL_REVISION, ModelRef
 from shoal_placement.network.model import NetworkModel
-
-DEFAULT_CONTEXT_TOKENS = 4096
 
 
 class ClusterFacts(msgspec.Struct, frozen=True):

@@ -9,6 +9,7 @@ from msgspec import structs
 
 from shoal_common.errors import BadInput, NoMemory
 from shoal_common.messages.placement import PlaceCommand
+from shoal_common.units import format_bytes
 from shoal_placement.planning.cluster_facts import ClusterFacts
 from shoal_placement.planning.memory_tiers import Tier, tier_of
 from shoal_placement.planning.plan import TIERS, PlacementPlan
@@ -140,9 +141,10 @@ def _reasons(resolved: ResolvedRequest, model_bytes: int, fitting_tier: Tier | N
     if len(need.layer_bytes) < request.min_nodes:
         yield f"needs {request.min_nodes} nodes; the model has only {len(need.layer_bytes)} layers"
         return
-    free = ", ".join(f"{node} {_gb(max(budget.fits_bytes, 0))}" for node, budget in sorted(budgets.items()))
+    free = ", ".join(f"{node} {format_bytes(max(budget.fits_bytes, 0))}" for node, budget in sorted(budgets.items()))
     stage_bytes = need.stage_bytes + max((resolved.unfused(node) for node in budgets), default=0)
-    yield f"it needs {_gb(model_bytes)}, and {_gb(stage_bytes)} more per stage; free: {free or 'no nodes'}"
+    needed = f"it needs {format_bytes(model_bytes)}, and {format_bytes(stage_bytes)} more per stage"
+    yield f"{needed}; free: {free or 'no nodes'}"
     stop = "Stop an instance (`shoal ps`) or another program"
     if fitting_tier == "tight":
         yield (
@@ -153,7 +155,3 @@ def _reasons(resolved: ResolvedRequest, model_bytes: int, fitting_tier: Tier | N
         yield f"{stop}, or add a node; --force also takes the memory reserved for the system"
     else:
         yield "Stop an instance (`shoal ps`), add a node, or request a shorter context"
-
-
-def _gb(size_bytes: int) -> str:
-    return f"{size_bytes / 1e9:.3g} GB"

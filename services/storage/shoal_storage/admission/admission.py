@@ -9,11 +9,11 @@ import msgspec
 
 from shoal_common.errors import BadInput, QuotaExceeded
 from shoal_common.messages.manifest import Manifest
+from shoal_common.settings.node import StorageSettings
 from shoal_common.store import leaf_set
 from shoal_common.units import format_bytes
 from shoal_storage.admission.allocator import VolumeSpace, allocate, shortfall_bytes
 from shoal_storage.ledger.ledger import Ledger
-from shoal_storage.settings import StorageSettings
 
 
 class Shortfall(msgspec.Struct, frozen=True):

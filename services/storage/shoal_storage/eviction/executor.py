@@ -12,6 +12,7 @@ from shoal_common.logs import StructuredLogger
 from shoal_common.messages.manifest import Manifest
 from shoal_common.messages.storage import EvictionPlan, Victim
 from shoal_common.service import ServiceContext
+from shoal_common.settings.node import StorageSettings
 from shoal_common.units import format_bytes
 from shoal_storage.admission.admission import Admission, SpaceDemand, admit, space_demand
 from shoal_storage.admission.allocator import VolumeSpace
@@ -28,7 +29,6 @@ from shoal_storage.ledger.ledger import Ledger
 from shoal_storage.ledger.references import referenced_blobs
 from shoal_storage.ledger.usage import join_names
 from shoal_storage.publisher import StatePublisher
-from shoal_storage.settings import StorageSettings
 from shoal_storage.store.commit import delete_blob, delete_copy
 from shoal_storage.store.partials import refresh_partial
 from shoal_storage.store.store import Store

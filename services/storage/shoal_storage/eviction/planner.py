@@ -14,10 +14,10 @@ from msgspec import structs
 
 from shoal_common.errors import QuotaExceeded
 from shoal_common.messages.storage import EvictionPlan, Victim
+from shoal_common.settings.node import EvictionPolicy
 from shoal_common.units import format_bytes
 from shoal_storage.ledger.ledger import Ledger
 from shoal_storage.ledger.usage import ModelUser, join_names
-from shoal_storage.settings import EvictionPolicy
 
 _MAX_LISTED = 1000
 

@@ -5,22 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
-import msgspec
-
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages.storage import Configure
 from shoal_common.service import ServiceContext
-from shoal_common.settings_file import Value, change_settings
+from shoal_common.settings.declaration import Value
+from shoal_common.settings.node import StorageSettings
+from shoal_common.settings.values import by_section, changeable, overridden_by_env, read_settings, values_by_key
+from shoal_common.settings_file import change_settings
 from shoal_storage.ledger.ledger import Ledger
 from shoal_storage.libraries.scanner import reject_overlap
-from shoal_storage.settings import (
-    StorageSettings,
-    group_by_section,
-    overridden_settings,
-    read_settings,
-    requested_changes,
-    settings_warning,
-)
+from shoal_storage.settings import requested_changes, settings_warning
 from shoal_storage.store.store import Store
 
 log = StructuredLogger("storage")
@@ -56,8 +50,8 @@ class ConfigureCommand:
             settings = await asyncio.to_thread(self._write, changes)
             await self._apply(settings)
             await self._publish()
-            before, self._settings = _values(self._settings), settings
-            values = _values(settings)
+            before, self._settings = values_by_key(self._settings), settings
+            values = values_by_key(settings)
             if changed := {name: value for name, value in values.items() if value != before[name]}:
                 await self._context.events.emit("settings_changed", settings=changed)
         log.info("settings changed", **changes)
@@ -66,29 +60,16 @@ class ConfigureCommand:
         result: dict[str, object] = {
             **values,
             "used_bytes": self._ledger.used_bytes,
-            "overridden_by_env": overridden_settings(self._context.environ),
+            "overridden_by_env": overridden_by_env(changeable(StorageSettings), self._context.environ),
         }
         return result | ({"note": warning} if warning else {})
 
     def _write(self, changes: dict[str, Value]) -> StorageSettings:
         def accept(settings: dict[str, object]) -> StorageSettings:
             # Reads both sections whole: a fault made there since the start is refused now, not at the next start.
-            new_settings = read_settings(settings, self._context.environ)
+            new_settings = read_settings(StorageSettings, settings, self._context.environ)
             reject_overlap(new_settings.libraries, self._context.config.store)
             self._check(new_settings)
             return new_settings
 
-        return change_settings(self._context.config.home, group_by_section(changes), accept)
-
-
-def _values(settings: StorageSettings) -> dict[str, object]:
-    """Return the values in force by setting."""
-    return {
-        "max_storage_bytes": settings.quota_bytes,
-        "eviction_policy": settings.eviction_policy,
-        "headroom_bytes": settings.headroom_bytes,
-        "partial_retention_s": settings.partial_retention_s,
-        "libraries": list(settings.libraries),
-        "volumes": list(settings.volumes),
-        **msgspec.to_builtins(settings.transfer),
-    }
+        return change_settings(self._context.config.home, by_section(StorageSettings, changes), accept)

@@ -26,6 +26,7 @@ from shoal_common.messages.storage import (
 )
 from shoal_common.names import ModelRef, check_blob, check_commit
 from shoal_common.service import ServiceContext
+from shoal_common.settings.node import StorageSettings
 from shoal_common.store.leaf_hash import hash_leaf_list
 from shoal_storage.admission.admission import leaves_to_reserve, requested_leaves
 from shoal_storage.admission.manifest_check import check_manifest
@@ -42,7 +43,6 @@ from shoal_storage.ledger.entries import PartialBlobInfo
 from shoal_storage.ledger.ledger import Ledger
 from shoal_storage.ledger.references import is_offered_by_library, matching_manifests
 from shoal_storage.publisher import StatePublisher
-from shoal_storage.settings import StorageSettings
 from shoal_storage.shards import ShardService
 from shoal_storage.store.commit import (
     commit_blob,

@@ -13,12 +13,12 @@ from shoal_common.logs import StructuredLogger
 from shoal_common.messages.downloads import DownloadRequest, DownloadState
 from shoal_common.messages.liveness import LivenessRecord
 from shoal_common.service import ServiceContext
+from shoal_common.settings.node import StorageSettings
 from shoal_storage.admission.reservation_expiry import download_requests, expiry_actions, paused_models
 from shoal_storage.files.metadata_files import MetadataFiles
 from shoal_storage.handlers.deletion import DeletionService
 from shoal_storage.ledger.ledger import Ledger
 from shoal_storage.publisher import StatePublisher
-from shoal_storage.settings import StorageSettings
 from shoal_storage.shards import ShardService
 
 log = StructuredLogger("storage")

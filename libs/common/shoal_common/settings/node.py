@@ -1,0 +1,166 @@
+"""Every setting that more than one program reads, declared once: a field, its default, and what `setting(…)` says."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from msgspec import Meta, field
+
+from shoal_common.settings.declaration import (
+    Bandwidth,
+    Bytes,
+    BytesPerSecond,
+    CliFlag,
+    Port,
+    Seconds,
+    Section,
+    setting,
+)
+
+EvictionPolicy = Literal["manual", "lru"]
+
+
+class TransferSettings(Section, frozen=True, kw_only=True):
+    """How fast this node moves weights: kept and published by storage, applied by the fetcher and the fileserver."""
+
+    section: ClassVar[str] = "transfer"
+
+    max_upload_bytes_per_s: Annotated[
+        BytesPerSecond | None,
+        setting(
+            "limit for sending to all other nodes together",
+            example="20MB",
+            unset="no limit",
+            flag=CliFlag("--max-upload-rate"),
+            is_changeable=True,
+        ),
+    ] = None
+    max_hub_bytes_per_s: Annotated[
+        BytesPerSecond | None,
+        setting(
+            "limit for downloading from the hub",
+            example="20MB",
+            unset="no limit",
+            flag=CliFlag("--max-hub-rate"),
+            is_changeable=True,
+        ),
+    ] = None
+    max_peer_bytes_per_s: Annotated[
+        BytesPerSecond | None,
+        setting(
+            "limit for downloading from each other node",
+            example="20MB",
+            unset="no limit",
+            flag=CliFlag("--max-peer-rate"),
+            is_changeable=True,
+        ),
+    ] = None
+
+
+class PublishedSettings(TransferSettings, frozen=True):
+    """The settings whose values are fields of `storage.<node>`."""
+
+    section: ClassVar[str] = "storage"
+
+    quota_bytes: Annotated[
+        Bytes | None,
+        setting(
+            "quota for models",
+            example="200GB",
+            unset="limited by the disk only",
+            flag=CliFlag("--max-storage"),
+            is_changeable=True,
+        ),
+    ] = field(default=None, name="max_storage_bytes")
+    headroom_bytes: Annotated[
+        Bytes,
+        setting("space to keep free on the disk", example="5GB", flag=CliFlag("--headroom"), is_changeable=True),
+    ] = 1 << 30
+    eviction_policy: Annotated[
+        EvictionPolicy,
+        setting(
+            "what happens to a model that does not fit: manual refuses it, lru evicts old ones",
+            flag=CliFlag("--eviction-policy"),
+            is_changeable=True,
+        ),
+    ] = "manual"
+    partial_retention_s: Annotated[
+        Seconds,
+        setting(
+            "how long to keep data of abandoned downloads, 0 to delete it",
+            example="7d",
+            flag=CliFlag("--partial-retention"),
+            is_changeable=True,
+        ),
+    ] = 7 * 86400
+
+
+class StorageSettings(PublishedSettings, frozen=True, kw_only=True):
+    """All settings that storage keeps."""
+
+    section: ClassVar[str] = "storage"
+
+    libraries: Annotated[
+        tuple[str, ...],
+        Meta(max_length=64),
+        setting(
+            "read-only directories whose models are served as they are: not copied, never written",
+            example="~/.cache/huggingface/hub",
+            flag=CliFlag(
+                "--library",
+                "also serve the models in this directory, like ~/.cache/huggingface/hub: not copied, never written",
+            ),
+            remove_flag=CliFlag("--remove-library", "stop serving this directory"),
+            is_changeable=True,
+        ),
+    ] = ()
+    volumes: Annotated[
+        tuple[str, ...],
+        Meta(max_length=16),
+        setting(
+            "directories on other disks in which models are stored too",
+            example="/mnt/big/shoal",
+            flag=CliFlag("--add-volume", "also store models in this directory of another disk"),
+            remove_flag=CliFlag(
+                "--remove-volume", "stop using this directory; its files stay, its models are not served"
+            ),
+            is_changeable=True,
+        ),
+    ] = ()
+    ballast_bytes: Annotated[
+        Bytes, setting("size of the ballast file, which a full disk gives up; 0 for none", example="64MiB")
+    ] = 64 << 20
+    path: Annotated[
+        str, setting("the store's directory", example='"/mnt/models"', unset="`<home>/store`", has_variable=False)
+    ] = ""
+
+
+class InferenceSettings(Section, frozen=True, kw_only=True):
+    """What stages may take of this machine."""
+
+    section: ClassVar[str] = "inference"
+
+    max_memory_bytes: Annotated[
+        Bytes | None,
+        setting("most memory that placement may use here", example="24GB", unset="what the machine or container has"),
+    ] = None
+    force_floor_bytes: Annotated[
+        Bytes | None,
+        setting(
+            "memory that stages placed by force leave free",
+            example="1GB",
+            unset="a fiftieth of the memory, at least 256 MiB",
+        ),
+    ] = None
+    memory_bytes_per_s: Annotated[
+        Bandwidth | None, setting("memory bandwidth of this machine", example="400GB", unset="measured")
+    ] = None
+
+
+class PortSettings(Section, frozen=True, kw_only=True):
+    """The ports of this node's services: from the environment alone."""
+
+    section: ClassVar[str] = ""
+
+    gateway_port: Annotated[Port, setting("port of the gateway, 0 for any free one")] = 8080
+    fileserver_port: Annotated[Port, setting("port of the fileserver, 0 for any free one")] = 0

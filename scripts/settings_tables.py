@@ -1,0 +1,77 @@
+"""Render every declared setting into docs/settings.md, between `<!-- settings:… -->` and `<!-- /settings -->`.
+
+`--check` fails if the page is stale.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from shoal_common.settings.declaration import Section, Setting, settings_of
+from shoal_common.settings.node import InferenceSettings, PortSettings, StorageSettings
+from shoal_gateway.settings import GatewayTimeouts
+from shoal_placement.settings import PlacementSettings
+
+PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
+SECTIONS: tuple[type[Section], ...] = (
+    StorageSettings,
+    InferenceSettings,
+    PlacementSettings,
+    GatewayTimeouts,
+    PortSettings,
+)
+
+
+def all_settings() -> dict[str, list[Setting]]:
+    """Return the settings by section; "" has those of the environment alone."""
+    sections: dict[str, list[Setting]] = {}
+    for setting in (s for kind in SECTIONS for s in settings_of(kind)):
+        sections.setdefault(setting.section, []).append(setting)
+    return sections
+
+
+def default_text(setting: Setting) -> str:
+    """Return what holds while a setting has no value of its own."""
+    if setting.usage.unset:
+        return setting.usage.unset
+    if setting.is_list:
+        return "none"
+    if setting.is_text and setting.unit:
+        return setting.unit.format(setting.default)
+    number = f"{setting.default:g}" if isinstance(setting.default, float) else f"{setting.default}"
+    return f"`{number}`, {setting.unit.format(setting.default)}" if setting.unit else f"`{number}`"
+
+
+def render(settings: list[Setting]) -> str:
+    """Return the table of a section."""
+    lines = ["| key | environment | value | default | meaning | flags |", "| --- | --- | --- | --- | --- | --- |"]
+    for s in settings:
+        flags = [f"`{flag.name}`" for flag in (s.usage.flag, s.usage.remove_flag) if flag]
+        cells = (
+            f"`{s.key}`" if s.section else "",
+            f"`{s.variable}`" if s.variable else "",
+            s.expected + (f", like `{s.example}`" if s.example else ""),
+            default_text(s),
+            s.description,
+            ", ".join(flags) if flags else "",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Rewrite the page, or with `--check` only compare it."""
+    old = new = PAGE.read_text()
+    for section, settings in all_settings().items():
+        start, end = f"<!-- settings:{section or 'environment'} -->\n", "<!-- /settings -->"
+        before, rest = new.split(start)
+        new = f"{before}{start}\n{render(settings)}\n\n{end}{rest.partition(end)[2]}"
+    if "--check" not in sys.argv[1:]:
+        PAGE.write_text(new)
+    elif new != old:
+        raise SystemExit("docs/settings.md does not match the declared settings: run `make docs`")
+
+
+if __name__ == "__main__":
+    main()
