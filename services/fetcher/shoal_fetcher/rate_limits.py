@@ -8,6 +8,7 @@ from shoal_common.bus.keys import storage_key
 from shoal_common.bus.kv_mirror import KvMirror
 from shoal_common.host.rate_limiter import RateLimiter
 from shoal_common.messages.storage import StorageState
+from shoal_common.settings.node import TransferSettings
 
 MAX_PEERS = 256
 
@@ -30,7 +31,7 @@ class RateLimits:
         self._peers.move_to_end(node)
         return self._peers[node]
 
-    def apply(self, settings: StorageState) -> None:
+    def apply(self, settings: TransferSettings) -> None:
         """Apply these limits now, also to running transfers."""
         self.hub.set_rate(settings.max_hub_bytes_per_s)
         self._peer_bytes_per_s = settings.max_peer_bytes_per_s

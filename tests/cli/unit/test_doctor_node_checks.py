@@ -33,6 +33,7 @@ from shoal_cli.doctor.finding import Finding
 from shoal_cli.doctor.run import CHECKS, DoctorReport
 from shoal_common.messages.liveness import ProcessIdentity
 from shoal_common.messages.storage import LibraryState, StorageState, VolumeState
+from shoal_common.settings.node import StorageSettings
 from shoal_storage.files import ballast
 from tests.cli.unit.test_doctor_checks import GB, assert_finding, only
 
@@ -191,7 +192,7 @@ def state(**more: Any) -> StorageState:
         ({"state": state(quota_bytes=100, used_bytes=90, reserved_bytes=9)}, "warning", ("refused", "lru")),
         ({"state": state(quota_bytes=100, used_bytes=99, eviction_policy="lru")}, "ok", ()),
         ({"ballast_bytes": 0}, "warning", ("no ballast file",)),
-        ({"ballast_bytes": 0, "ballast_target_bytes": 0}, "ok", ()),
+        ({"ballast_bytes": 0, "settings": StorageSettings(ballast_bytes=0)}, "ok", ()),
         ({"ballast_bytes": 0, "storage_runs": False}, "ok", ()),
         ({"home": changed(path="/h", device=2, free_bytes=1)}, "problem", ("the disk of /h", "logs")),
     ],

@@ -80,7 +80,7 @@ async def test_a_changed_quota_applies_at_once_and_survives_a_kill(
             assert (state.quota_bytes, state.eviction_policy, state.headroom_bytes) == (10_000, "lru", 7)
             assert path.read_text() == (
                 f'# the name\nid = "{node.node}"\n\n[storage]  # the disk\n# half of it\n'
-                'max_storage_bytes = 10000  # small\neviction_policy = "lru"\nheadroom_bytes = 7\n\n[gateway]\n'
+                'max_storage_bytes = 10000  # small\nheadroom_bytes = 7\neviction_policy = "lru"\n\n[gateway]\n'
             )
             await process.kill()
         async with node.storage(**FREE):
