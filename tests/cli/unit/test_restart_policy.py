@@ -84,7 +84,6 @@ def test_up_needs_every_child_and_fails_when_one_never_starts() -> None:
         "node/logs/nats_format.py",
         "render/progress.py",
         "render/storage_text.py",
-        "render/units.py",
     ],
 )
 def test_decisions_import_nothing_that_acts(module: str) -> None:
