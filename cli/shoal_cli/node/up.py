@@ -24,7 +24,7 @@ from shoal_cli.node.startup_report import StartupReport, print_report, startup_e
 from shoal_cli.node.supervisor import Supervisor
 from shoal_cli.node_home import Home, RunLock
 from shoal_common import logs
-from shoal_common.config import ensure_node_id, read_settings
+from shoal_common.config import ensure_node_id, read_settings_file
 from shoal_common.errors import BadInput, InternalError, from_body
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages import decode
@@ -88,7 +88,7 @@ def run_node(
 
 
 def _plan(options: UpOptions, environ: Mapping[str, str], home: Home) -> NodePlan:
-    settings = read_settings(home.root)
+    settings = read_settings_file(home.root)
     node = ensure_node_id(home.root, options.node or None)
     if options.node and node != options.node:
         raise BadInput(

@@ -34,6 +34,8 @@ from shoal_common.host import addresses
 from shoal_common.host.interfaces import Interface
 from shoal_common.messages.liveness import NodeAddress
 from shoal_common.names import check_node, node_id_from_hostname
+from shoal_common.settings.node import StorageSettings
+from shoal_common.settings.values import read_valid_settings
 
 _RESERVED_IDS = {ANY: "stands for all nodes", "hub": "is the hub's name in downloads"}
 DEFAULT_NATS = "nats://127.0.0.1:4222"
@@ -57,9 +59,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def store(self) -> Path:
         """Directory of this node's store."""
-        section = self.settings.get("storage", {})
-        path = section.get("path") if isinstance(section, dict) else None
-        return (self.home / Path(str(path)).expanduser()) if path else self.home / "store"
+        return store_directory(self.home, self.settings)
 
     def links(self, port: int, interfaces: Sequence[Interface]) -> list[NodeAddress]:
         """Return the addresses of a data port of this node, best first."""
@@ -81,12 +81,18 @@ def home_directory(environ: Mapping[str, str]) -> Path:
     return Path(environ.get("SHOAL_HOME") or Path.home() / ".shoal").absolute()
 
 
+def store_directory(home: Path, settings: Mapping[str, object]) -> Path:
+    """Return the store's directory: `path` in `[storage]`, or `<home>/store` where that is unset or invalid."""
+    storage, _ = read_valid_settings(StorageSettings, settings, {})
+    return home / Path(storage.path or "store").expanduser()
+
+
 def settings_path(home: Path) -> Path:
     """Return the path of the node's settings file."""
     return home / "node.toml"
 
 
-def read_settings(home: Path) -> dict[str, Any]:
+def read_settings_file(home: Path) -> dict[str, Any]:
     """Read the node's settings file; empty if there is none. Raises BadInput naming the faulty line."""
     path = settings_path(home)
     try:
@@ -106,7 +112,7 @@ def ensure_node_id(home: Path, hostname: str | None = None) -> str:
     home.mkdir(parents=True, exist_ok=True)
     # All services of a node may start for the first time at once: one creates the id, the others read it.
     with settings_locked(home):
-        settings = read_settings(home)
+        settings = read_settings_file(home)
         if "id" in settings:
             return _usable_id(str(settings["id"]))
         node = _usable_id(hostname or node_id_from_hostname(socket.gethostname(), secrets.token_hex(2)))
@@ -184,5 +190,5 @@ def read_config(service: str, environ: Mapping[str, str]) -> Config:
         secret=secret,
         log_level=log_level,
         replicas=int(replicas),
-        settings=read_settings(home),
+        settings=read_settings_file(home),
     )

@@ -15,7 +15,7 @@ import tomlkit
 from tomlkit.exceptions import TOMLKitError
 from tomlkit.items import Array, Comment, InlineTable, Table, Trivia
 
-from shoal_common.config import read_settings, settings_locked, settings_path, write_settings
+from shoal_common.config import read_settings_file, settings_locked, settings_path, write_settings
 from shoal_common.errors import InternalError, Refused
 from shoal_common.settings.declaration import Value
 
@@ -34,7 +34,7 @@ def change_settings(
     home.mkdir(parents=True, exist_ok=True)
     path = settings_path(home)
     with settings_locked(home):
-        before = read_settings(home)
+        before = read_settings_file(home)
         wanted = before
         for section, keys in changes.items():
             wanted = with_changes(wanted, section, keys)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal_common.config import read_settings
+from shoal_common.config import read_settings_file
 from shoal_common.errors import BadInput, InternalError, Refused
 from shoal_common.settings.declaration import Value
 from shoal_common.settings_file import change_settings, edit_text, with_changes
@@ -100,12 +100,12 @@ def test_a_list_is_edited_in_place_and_keeps_comments_beside_it(tmp_path: Path) 
     path.write_text('[storage]\nlibraries = [ # mine\n  "/x", # the NAS\n  # old\n  "/y",\n] # end\n')
     change(tmp_path, {"libraries": ["/x", "/z"]})
     text = path.read_text()
-    assert read_settings(tmp_path) == {"storage": {"libraries": ["/x", "/z"]}}
+    assert read_settings_file(tmp_path) == {"storage": {"libraries": ["/x", "/z"]}}
     assert all(comment in text for comment in ("# mine", "# the NAS", "# old", "# end"))
     change(tmp_path, {"libraries": ["/z", "/x"]})
-    assert read_settings(tmp_path) == {"storage": {"libraries": ["/z", "/x"]}}
+    assert read_settings_file(tmp_path) == {"storage": {"libraries": ["/z", "/x"]}}
     change(tmp_path, {"libraries": None})
-    assert read_settings(tmp_path) == {"storage": {}} and "# end" in path.read_text()
+    assert read_settings_file(tmp_path) == {"storage": {}} and "# end" in path.read_text()
     change(tmp_path, {"libraries": ["/a", "/b"]})
     assert 'libraries = ["/a", "/b"]' in path.read_text()
 
@@ -129,7 +129,7 @@ def test_a_change_reads_as_a_person_would_have_written_it(tmp_path: Path) -> Non
 
 def test_a_home_without_a_file_gets_one(tmp_path: Path) -> None:
     change(tmp_path / "home", {"headroom_bytes": 5})
-    assert read_settings(tmp_path / "home") == {"storage": {"headroom_bytes": 5}}
+    assert read_settings_file(tmp_path / "home") == {"storage": {"headroom_bytes": 5}}
 
 
 def test_what_is_so_already_is_not_written_again(tmp_path: Path) -> None:
@@ -222,9 +222,9 @@ async def test_I6_a_kill_leaves_the_old_or_new_file_and_edits_go_on(tmp_path: Pa
     change(tmp_path, {"headroom_bytes": 5})
     async with started("-c", CHANGE, str(tmp_path), when, environment=node_environment(tmp_path, "")) as process:
         assert await process.wait_exit() == -9, process.output
-    assert read_settings(tmp_path) == {"storage": {"headroom_bytes": expected}}
+    assert read_settings_file(tmp_path) == {"storage": {"headroom_bytes": expected}}
     change(tmp_path, {"headroom_bytes": 7})
-    assert read_settings(tmp_path) == {"storage": {"headroom_bytes": 7}}
+    assert read_settings_file(tmp_path) == {"storage": {"headroom_bytes": 7}}
 
 
 ORDER = """
@@ -258,4 +258,4 @@ async def test_I6_file_synced_before_rename_and_rename_before_ack(
 async def test_changes_made_at_once_all_stay(tmp_path: Path) -> None:
     changes: list[dict[str, Value]] = [{key: n} for n, key in enumerate(KEYS)]
     await asyncio.gather(*(asyncio.to_thread(change, tmp_path, c) for c in changes))
-    assert read_settings(tmp_path) == {"storage": {key: n for n, key in enumerate(KEYS)}}
+    assert read_settings_file(tmp_path) == {"storage": {key: n for n, key in enumerate(KEYS)}}

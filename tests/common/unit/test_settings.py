@@ -239,6 +239,18 @@ def test_no_text_in_the_environment_does_more_than_be_refused(declared: Setting,
         assert e.message.startswith(declared.variable) and "\n" not in e.message and len(e.message) < 400
 
 
+def test_a_value_nested_beyond_reason_is_refused_in_a_short_line() -> None:
+    depth = 400
+    with pytest.raises(BadInput) as refused:
+        checked_changes(
+            StorageSettings, decode(b'{"headroom_bytes":' + b"[" * depth + b"]" * depth + b"}", Configure)
+        )
+    assert refused.value.message.startswith("headroom_bytes is [") and len(refused.value.message) < 200
+    with pytest.raises(BadInput) as refused:
+        checked_changes(StorageSettings, Configure(headroom_bytes="x" * 10**6))
+    assert len(refused.value.message) < 200
+
+
 def test_wrong_values_leave_the_others_as_they_are() -> None:
     wrong = {"storage": {"headroom_bytes": 7, "eviction_policy": 5}, "transfer": 3}
     settings, errors = read_valid_settings(StorageSettings, wrong, {"SHOAL_LIBRARIES": "/a"})

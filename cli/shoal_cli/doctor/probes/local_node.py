@@ -16,7 +16,7 @@ from shoal_cli.node.control import ControlRequest, SupervisorStatus, ask
 from shoal_cli.node.logs.log_rotation import tail
 from shoal_cli.node.node_plan import without_token
 from shoal_cli.node_home import Home, read_or_empty
-from shoal_common.config import DEFAULT_NATS, read_settings
+from shoal_common.config import DEFAULT_NATS, read_settings_file, store_directory
 from shoal_common.errors import ShoalError
 from shoal_common.messages import decode
 
@@ -46,9 +46,7 @@ class LocalNode(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def store(self) -> Path:
         """Return where this node's models are, or would be."""
-        section = self.settings.get("storage", {})
-        path = section.get("path") if isinstance(section, dict) else None
-        return (self.home / Path(str(path)).expanduser()) if path else self.home / "store"
+        return store_directory(self.home, self.settings)
 
 
 def probe(home: Home, environ: Mapping[str, str]) -> LocalNode:
@@ -106,7 +104,7 @@ def with_secret(url: str, secret: str) -> str:
 
 def _settings(home: Home) -> tuple[dict[str, Any], str]:
     try:
-        return read_settings(home.root), ""
+        return read_settings_file(home.root), ""
     except ShoalError as e:
         return {}, e.message
     except OSError as e:

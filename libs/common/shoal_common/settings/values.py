@@ -6,6 +6,7 @@ Everybody who takes a value checks it here, so that all accept the same and refu
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from reprlib import Repr
 from typing import Any, TypeVar
 
 import msgspec
@@ -17,7 +18,8 @@ S = TypeVar("S", bound=Section)
 
 _PATH_SEPARATOR = ":"
 """`os.pathsep`."""
-_MAX_SHOWN_CHARS = 80
+_REPR = Repr()
+_REPR.maxlevel, _REPR.maxstring, _REPR.maxlong = 2, 60, 60
 
 
 def read_settings(kind: type[S], file: Mapping[str, object], environ: Mapping[str, str]) -> S:
@@ -62,7 +64,7 @@ def _unknown_keys(kind: type[Section], file: Mapping[str, object]) -> list[BadIn
 def _section(file: Mapping[str, object], name: str) -> Mapping[str, object]:
     section = file.get(name, {})
     if not isinstance(section, Mapping):
-        raise BadInput(f"{name} in node.toml is {_shown(section)}: expected a section [{name}]")
+        raise BadInput(f"{name} in node.toml is {_REPR.repr(section)}: expected a section [{name}]")
     return section
 
 
@@ -73,9 +75,8 @@ def _from_text(setting: Setting, text: str) -> object:
 def check_value(setting: Setting, value: object, source: str) -> Any:
     """Return a value as the setting's struct holds it. A number may be text. Raises BadInput naming the source."""
     try:
-        if setting.is_text and setting.unit and isinstance(value, str):
-            value = setting.unit.parse(value)
-        checked = msgspec.convert(value, setting.type, strict=False)
+        plain = setting.unit.parse(value) if setting.is_text and setting.unit and isinstance(value, str) else value
+        checked = msgspec.convert(plain, setting.type, strict=False)
         if not setting.is_list:
             return checked
         if bad := [path for path in checked if not path.startswith(("/", "~")) or not path.isprintable()]:
@@ -86,12 +87,7 @@ def check_value(setting: Setting, value: object, source: str) -> Any:
         example = f", for example {setting.example}" if setting.example else ""
         unset = f" (unset: {setting.usage.unset})" if setting.is_nullable else ""
         expected = f"{setting.expected}{example}{unset}"
-        raise BadInput(f"{source} is {_shown(value)}: expected {expected}", param=setting.key) from None
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= _MAX_SHOWN_CHARS else f"{text[: _MAX_SHOWN_CHARS - 1]}…"
+        raise BadInput(f"{source} is {_REPR.repr(value)}: expected {expected}", param=setting.key) from None
 
 
 def overridden_by_env(settings: Iterable[Setting], environ: Mapping[str, str]) -> list[str]:
