@@ -14,7 +14,7 @@ def test_I3_a_model_beyond_the_quota_is_rejected_with_figures(tmp_path: Path, hu
     with ShoalCluster(tmp_path, hub.base_url, names=("a",), SHOAL_MAX_STORAGE_BYTES="2000000") as cluster:
         result = cluster["a"].shoal("pull", DEMO_MODEL)
         assert result.returncode == 4
-        assert "quota of 2 MB" in result.stderr
+        assert "quota of 2.0 MB" in result.stderr
         body = {"model": DEMO_MODEL, "wait": True}
         response = cluster["a"].client.post(cluster["a"].url + "/v1/downloads", json=body)
         assert response.status_code == 507

@@ -59,7 +59,7 @@ async def test_I3_a_model_beyond_the_quota_is_rejected_with_figures(site: Site) 
     site.make({"model.safetensors": noise(2 * LEAF_BYTES, site.repo)})
     async with site.join() as here:
         await site["a"].restart(here.here, "storage", SHOAL_MAX_STORAGE_BYTES="1000")
-    await assert_pull_fails(site, "quota_exceeded", "needs 2.1 MB", "quota of 1 kB", phase="rejected")
+    await assert_pull_fails(site, "quota_exceeded", "needs 2.1 MB", "quota of 1.0 kB", phase="rejected")
     assert site.hub_bytes() == 0
     async with site.join() as here:
         await site["a"].restart(here.here, "storage")

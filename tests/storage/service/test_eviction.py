@@ -73,7 +73,9 @@ async def test_the_manual_policy_refuses_and_lists_what_could_go(
     async with on_node(nats, tmp_path, fresh("storage")) as node, node.storage(SHOAL_MAX_STORAGE_BYTES="7000"):
         await hold(node, ONE, TWO, SIXTY)
         before = files_below(node.layout.root)
-        with pytest.raises(QuotaExceeded, match="evicting 1 model would free 6 kB: set eviction_policy to lru") as e:
+        with pytest.raises(
+            QuotaExceeded, match=r"evicting 1 model would free 6\.0 kB: set eviction_policy to lru"
+        ) as e:
             await node.reserve(FIFTY.manifest)
         figures = {
             k: e.value.details[k] for k in ("needed_bytes", "quota_bytes", "shortfall_bytes", "evictable_bytes")

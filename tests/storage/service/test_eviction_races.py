@@ -166,7 +166,9 @@ async def test_space_the_disk_does_not_free_costs_no_second_model(
     async with holding(nats, tmp_path, fresh("storage"), StorageSettings(None, 0, "lru")) as held:
         await held.bring_in(A, B, C)
         held.disk.claims_free_bytes = 1500  # and no more, as long as somebody holds A's file open
-        with pytest.raises(QuotaExceeded, match="1 kB were evicted for it, but the disk has not released them") as e:
+        with pytest.raises(
+            QuotaExceeded, match=r"1\.0 kB were evicted for it, but the disk has not released them"
+        ) as e:
             await held.reserve(NEW)
         assert e.value.details["evicted"] == [A.name]
         assert held.ledger.manifests.keys() == {B.name, C.name}

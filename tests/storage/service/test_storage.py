@@ -339,7 +339,7 @@ async def test_a_second_storage_on_a_store_is_refused_naming_the_first(
 @pytest.mark.parametrize(
     ("toml", "environ", "expected"),
     [
-        ("[storage]\nmax_storage_bytes = 'lots'\n", {}, "storage.max_storage_bytes is 'lots'"),
+        ("[storage]\nmax_storage_bytes = 'lots'\n", {}, "storage.max_storage_bytes in node.toml is 'lots'"),
         ("", {"SHOAL_HEADROOM_BYTES": "1GB"}, "SHOAL_HEADROOM_BYTES is '1GB'"),
     ],
 )
