@@ -5,12 +5,14 @@ BIN    := $(VENV)/bin
 DISTS  := libs/common $(wildcard services/*) cli demo
 SOURCES := libs services cli demo tools tests bench deploy scripts examples
 
-.PHONY: demo test unit lint types setup bench chaos docs hooks wheels lock format clean
+.PHONY: demo test test-unit test-long run-tests lint types setup bench chaos docs hooks wheels lock format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    run three nodes here: pull, place over two, chat   (Ctrl-C ends it)"
-	@echo "make test    run lint, types and all tests"
+	@echo "make test    run lint, types and all tests; only tests/storage with SERVICE=storage"
+	@echo "make test-unit   run the tests that start no process (a minute)"
+	@echo "make test-long   run what takes long, too   (AREA: storage, inference, cluster, ...)"
 	@echo "make bench   run the benchmarks and write docs/benchmarks.md"
 	@echo "make chaos   inject faults into a cluster and check it   (CHAOS_ROUNDS, CHAOS_SEED, CHAOS_KINDS)"
 	@echo "make docs    write the tables of docs/protocol.md and docs/settings.md from the code"
@@ -35,14 +37,28 @@ $(VENV)/.ready: requirements.txt requirements-dev.txt $(addsuffix /pyproject.tom
 demo: setup
 	@$(BIN)/shoal demo
 
-test: lint types unit
+ifdef SERVICE
+test: run-tests
+else
+test: lint types run-tests
+endif
 
 # Tests wait more than they compute: one worker more than cores. A file's tests share servers, and so one worker.
 TEST_WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min((os.cpu_count() or 1) + 1, 8))')
 
-unit: setup
+run-tests: setup
 	@scripts/system-packages.sh test
-	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS) tests/$(SERVICE)
+
+# No test below `unit` starts a process: as many workers as cores, and each test goes to whichever is free.
+test-unit: setup
+	$(BIN)/python -m pytest -n auto --dist worksteal $(PYTEST_ARGS) $(wildcard tests/*/unit)
+
+# What takes long: all cases of what `make test` samples. The last results are in docs/test-long.md.
+test-long: setup
+	@scripts/system-packages.sh test
+	$(BIN)/python -m pytest -m long -n $(TEST_WORKERS) --dist loadfile -o faulthandler_timeout=7200 --durations=0 \
+	  --durations-min=5 $(PYTEST_ARGS) tests/$(AREA)
 
 lint: setup
 	$(BIN)/ruff format --check $(SOURCES)

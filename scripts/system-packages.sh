@@ -25,6 +25,7 @@ if [ "${1:-}" = test ]; then
   command -v curl >/dev/null || packages+=(curl)
   command -v mkfs.xfs >/dev/null || packages+=(xfsprogs)
   command -v mkfs.ext4 >/dev/null || packages+=(e2fsprogs)
+  command -v ip >/dev/null || packages+=(iproute2)
 fi
 if [ "${1:-}" = bench ]; then
   PATH=$PATH:/usr/sbin:/sbin

@@ -1,26 +1,23 @@
-"""What all tests share: the tree on the path, real NATS servers, and `async def` tests under a deadline."""
+"""What all tests share: real NATS servers, fresh names, and `async def` tests under a deadline."""
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import inspect
 import itertools
 import signal
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 
-ROOT = Path(__file__).parents[1]
-# The tree itself, whatever is installed: a checkout is tested by its own code.
-sys.path[:0] = [
-    str(p)
-    for p in (ROOT, ROOT / "libs" / "common", ROOT / "cli", ROOT / "demo", ROOT / "bench", *ROOT.glob("services/*"))
-]
+from tests.harness.fresh import Fresh
+from tests.harness.nats import NatsServer
 
-from tests.harness.nats import NatsServer  # noqa: E402  # after the path is set
+pytest_plugins = ("tests.harness.strict_skips", "tests.harness.unit_guard")
 
 TEST_DEADLINE_S = 120.0
 
@@ -33,15 +30,19 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+def pytest_itemcollected(item: pytest.Item) -> None:
     """Run an `async def` test to its end, or to TEST_DEADLINE_S, or what it is marked with."""
-    if not inspect.iscoroutinefunction(pyfuncitem.obj):
-        return None
-    arguments = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
-    marked = pyfuncitem.get_closest_marker("deadline_s")
-    asyncio.run(asyncio.wait_for(pyfuncitem.obj(**arguments), marked.args[0] if marked else TEST_DEADLINE_S))
-    return True
+    if isinstance(item, pytest.Function) and inspect.iscoroutinefunction(item.obj):
+        marked = item.get_closest_marker("deadline_s")
+        item.obj = _run_within(marked.args[0] if marked else TEST_DEADLINE_S, item.obj)
+
+
+def _run_within(deadline_s: float, test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    @functools.wraps(test)
+    def run(**arguments: Any) -> None:
+        asyncio.run(asyncio.wait_for(test(**arguments), deadline_s))
+
+    return run
 
 
 @pytest.fixture(scope="session")
@@ -59,7 +60,7 @@ def own_nats(tmp_path: Path) -> Iterator[NatsServer]:
 
 
 @pytest.fixture(scope="session")
-def fresh() -> Callable[[str], str]:
+def fresh() -> Fresh:
     """Names that no other test of this run uses: `fresh("node")` is `node-7`."""
     count = itertools.count(1)
     return lambda stem: f"{stem}-{next(count)}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -11,6 +11,7 @@ import pytest
 
 from shoal_demo.hub_server import running_hub
 from tests.fetcher.pull_site import Site
+from tests.harness.fresh import Fresh
 from tests.harness.nats import NatsServer
 from tests.harness.node import Node, running_nodes
 from tests.storage.deletion_fixtures import NODE, SERVICES, _ready
@@ -38,9 +39,6 @@ def apples() -> Model:
 def pears() -> Model:
     """A model that shares a blob with `apples`."""
     return Model("org/pears", {"pears.bin": b"p" * 2000, "other-name.bin": b"both have these" * 50})
-
-
-Fresh = Callable[[str], str]
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
@@ -15,10 +15,9 @@ from shoal_common.bus.connection import connected
 from shoal_common.bus.kv_bucket import Buckets
 from shoal_common.concurrency.cancellation import cancel_and_wait
 from tests.harness.delayed_nats_proxy import Held, delayed_nats_proxy
+from tests.harness.fresh import Fresh
 from tests.harness.nats import NatsServer, joined
 from tests.harness.waiting import eventually
-
-Fresh = Callable[[str], str]
 
 
 @pytest.fixture(autouse=True)

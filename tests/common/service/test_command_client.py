@@ -6,7 +6,7 @@ import asyncio
 import json
 import os
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -23,11 +23,11 @@ from shoal_common.rpc import command_client
 from shoal_common.rpc.command_client import CommandClient
 from shoal_common.rpc.command_worker import CommandHandler
 from tests.common.command_service import SERVICE, ask, nothing_left, subject, working
+from tests.harness.fresh import Fresh
 from tests.harness.nats import Joined, NatsServer, joined
 from tests.harness.process import node_environment, started
 from tests.harness.waiting import eventually
 
-Fresh = Callable[[str], str]
 TOY = str(Path(__file__).parents[1] / "toy_service.py")
 DEADLINE_S = 60.0
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,10 +15,9 @@ from shoal_common.errors import NotFound
 from shoal_common.messages.envelope import Command, Outcome
 from shoal_common.rpc.command_worker import MAX_CONCURRENT_COMMANDS, CommandHandler
 from tests.common.command_service import SERVICE, ask, nothing_left, subject, working
+from tests.harness.fresh import Fresh
 from tests.harness.nats import Joined, NatsServer, joined
 from tests.harness.waiting import eventually
-
-Fresh = Callable[[str], str]
 
 
 class Work(Command, kw_only=True):

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 from shoal_common.bus.keys import done_key
 from shoal_common.messages.envelope import Command, Outcome
 from shoal_common.rpc.command_worker import CommandHandler
 from tests.common.command_service import ask, nothing_left, pulling, subject, working
+from tests.harness.fresh import Fresh
 from tests.harness.nats import NatsServer, joined
 from tests.harness.process import node_environment, started
 from tests.harness.waiting import eventually
 
-Fresh = Callable[[str], str]
 TOY = str(Path(__file__).parents[1] / "toy_service.py")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 
 import pytest
 from nats.js import api
@@ -13,10 +12,9 @@ from shoal_common.bus.kv_bucket import Bucket
 from shoal_common.bus.streams import config_mismatches, ensure_streams, stream_configs
 from shoal_common.errors import Unavailable
 from shoal_common.messages import WireStruct
+from tests.harness.fresh import Fresh
 from tests.harness.nats import Joined, NatsServer, joined
 from tests.harness.waiting import eventually
-
-Fresh = Callable[[str], str]
 
 
 class Note(WireStruct):

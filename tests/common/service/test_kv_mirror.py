@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
@@ -13,9 +13,8 @@ from nats.aio.msg import Msg
 from shoal_common.bus.kv_mirror import KvMirror, MirrorConsumer, follow_forever
 from shoal_common.bus.streams import ensure_streams
 from shoal_common.messages import WireStruct, encode
+from tests.harness.fresh import Fresh
 from tests.harness.nats import Joined, NatsServer, joined
-
-Fresh = Callable[[str], str]
 
 
 class Note(WireStruct):

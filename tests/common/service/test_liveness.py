@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,11 +19,11 @@ from shoal_common.host.process_identity import host_id, is_dead, this_process
 from shoal_common.liveness import liveness as module
 from shoal_common.liveness.liveness import RENEW_INTERVAL_S, Liveness, next_beat_in_s
 from shoal_common.messages.liveness import LivenessRecord, NodeAddress, NodeFacts, ProcessIdentity
+from tests.harness.fresh import Fresh
 from tests.harness.nats import Joined, NatsServer, joined
 from tests.harness.process import node_environment, started
 from tests.harness.waiting import eventually
 
-Fresh = Callable[[str], str]
 TOY = str(Path(__file__).parents[1] / "toy_service.py")
 
 

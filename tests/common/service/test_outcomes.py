@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 
 from shoal_common.errors import Cancelled, NodeDown
 from shoal_common.messages.envelope import Empty
 from shoal_common.rpc.outcomes import Outcomes, make_outcome
+from tests.harness.fresh import Fresh
 from tests.harness.nats import NatsServer, joined
-
-Fresh = Callable[[str], str]
 
 
 async def test_the_first_outcome_of_a_command_stands(nats: NatsServer, fresh: Fresh) -> None:

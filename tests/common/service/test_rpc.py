@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
 import pytest
@@ -13,10 +13,9 @@ from shoal_common.bus import subjects
 from shoal_common.errors import BadMessage, Expired, InternalError, NodeDown, NoMemory
 from shoal_common.messages import WireStruct
 from shoal_common.rpc.request_reply import MAX_CONCURRENT_REQUESTS, RpcClient, RpcEndpoint, serve
+from tests.harness.fresh import Fresh
 from tests.harness.nats import Joined, NatsServer, joined
 from tests.harness.waiting import eventually
-
-Fresh = Callable[[str], str]
 
 
 class Echo(WireStruct):

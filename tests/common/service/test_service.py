@@ -7,7 +7,6 @@ import json
 import signal
 import socket
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,10 +15,10 @@ from shoal_common.bus.keys import liveness_key
 from shoal_common.messages.liveness import LivenessRecord
 from shoal_common.rpc.request_reply import RpcClient
 from tests.common.toy_service import Echo
+from tests.harness.fresh import Fresh
 from tests.harness.nats import Joined, NatsServer, joined
 from tests.harness.process import node_environment, started
 
-Fresh = Callable[[str], str]
 TOY = str(Path(__file__).parents[1] / "toy_service.py")
 
 

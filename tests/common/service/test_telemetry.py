@@ -25,11 +25,11 @@ from shoal_common.rpc.command_worker import CommandHandler
 from shoal_common.rpc.request_reply import RpcClient, RpcEndpoint, serve
 from tests.common.command_service import subject, working
 from tests.common.toy_service import Echo
+from tests.harness.fresh import Fresh
 from tests.harness.nats import NatsServer, joined
 from tests.harness.process import node_environment, started
 from tests.harness.waiting import eventually
 
-Fresh = Callable[[str], str]
 TOY = str(Path(__file__).parents[1] / "toy_service.py")
 EXPORTER = InMemorySpanExporter()
 

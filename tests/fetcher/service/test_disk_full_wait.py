@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,9 +21,9 @@ from shoal_fetcher.partials.disk_writes import probe_disk
 from shoal_fetcher.progress import Progress
 from shoal_fetcher.sources.failure_policy import FUTILE_ATTEMPT_BACKOFF, MAX_BLOCKED_S, SPACE_CHECK_BACKOFF
 from shoal_fetcher.storage_client import StorageClient
+from tests.harness.fresh import Fresh
 from tests.harness.nats import Joined, NatsServer, joined
 
-Fresh = Callable[[str], str]
 MODEL = f"org/name@{'c' * 40}"
 BLOB = "a" * 64
 FULL = SpaceCheck(enough=False, lacking_bytes=7, free_bytes=3, headroom_bytes=2)

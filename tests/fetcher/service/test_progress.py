@@ -16,10 +16,9 @@ from shoal_common.messages import decode
 from shoal_common.messages.downloads import DownloadPhase, DownloadState
 from shoal_fetcher import progress as progress_module
 from shoal_fetcher.progress import Progress
+from tests.harness.fresh import Fresh
 from tests.harness.nats import Joined, NatsServer, joined
 from tests.harness.waiting import eventually
-
-Fresh = Callable[[str], str]
 
 
 def begun(here: Joined, node: str) -> Progress:

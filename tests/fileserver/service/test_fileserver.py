@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,11 +17,11 @@ from shoal_common.bus.keys import liveness_key
 from shoal_common.host.credentials import bearer, blob_token, derive
 from shoal_common.messages.liveness import LivenessRecord
 from tests.fileserver.running_fileserver import read_reply, serving
+from tests.harness.fresh import Fresh
 from tests.harness.nats import NatsServer, joined
 from tests.harness.process import node_environment, started
 from tests.harness.waiting import eventually
 
-Fresh = Callable[[str], str]
 DATA = bytes(range(256)) * 10_000  # three chunks, the last one short
 SIZE = len(DATA)
 

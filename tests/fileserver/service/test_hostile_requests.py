@@ -9,7 +9,7 @@ import shutil
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,10 +25,10 @@ from shoal_common.store.relay_bitmap import RelayBitmapFile
 from shoal_common.store.store_paths import StorePaths
 from tests.fileserver.local_fileserver import closed, hollow_blob, local_fileserver
 from tests.fileserver.running_fileserver import read_reply, serving
+from tests.harness.fresh import Fresh
 from tests.harness.nats import NatsServer, joined
 from tests.harness.waiting import eventually
 
-Fresh = Callable[[str], str]
 BLOB = "cd" * 32
 LEAVES = 4
 SIZE = (LEAVES - 1) * LEAF_BYTES + 4096

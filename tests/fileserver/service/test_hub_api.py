@@ -23,10 +23,10 @@ from shoal_common.names import ModelRef
 from shoal_common.rpc.request_reply import RpcEndpoint, serve
 from shoal_fileserver.model_index import holders
 from tests.fileserver.running_fileserver import Fileserver, serving
+from tests.harness.fresh import Fresh
 from tests.harness.nats import Joined, NatsServer, joined
 from tests.harness.waiting import eventually
 
-Fresh = Callable[[str], str]
 FILES = {
     "config.json": b'{"model_type": "llama"}',
     "model.safetensors": bytes(range(256)) * 9000,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,10 +13,10 @@ from shoal_common.store.bitmap import LEAF_BYTES, Bitmap, leaf_count
 from shoal_common.store.leaf_hash import hash_leaf_list, leaf_hash
 from shoal_common.store.relay_bitmap import RelayBitmapFile
 from tests.fileserver.running_fileserver import Fileserver, Reply, serving
+from tests.harness.fresh import Fresh
 from tests.harness.nats import NatsServer
 from tests.harness.waiting import eventually
 
-Fresh = Callable[[str], str]
 BLOB = "ab" * 32
 BY_GIT = "git-" + "c" * 40
 DATA = os.urandom(9 * LEAF_BYTES + 12_345)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from shoal_common.bus import cluster_clock
 from shoal_common.host.credentials import PROBE_NAME, bearer, blob_token
 from shoal_fileserver.probe import MAX_PROBE_BYTES
 from tests.fileserver.running_fileserver import read_reply, serving
+from tests.harness.fresh import Fresh
 from tests.harness.nats import NatsServer
 
-Fresh = Callable[[str], str]
 SECRET = "a secret for tests only"
 
 

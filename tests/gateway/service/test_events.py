@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -25,10 +24,9 @@ from shoal_gateway.events.sse import Event, EventQuery, KeepAlive
 from tests.gateway.event_stream_client import READ_DEADLINE_S, consumers, event_stream, publish_event
 from tests.gateway.fake_cluster import error_of
 from tests.gateway.running_gateway import RunningGateway, running_gateway
+from tests.harness.fresh import Fresh
 from tests.harness.nats import NatsServer, joined
 from tests.harness.waiting import eventually
-
-Fresh = Callable[[str], str]
 
 
 async def test_an_event_is_streamed_with_its_cursor_and_its_emitter(gateway: RunningGateway, fresh: Fresh) -> None:

@@ -30,7 +30,7 @@ from shoal_inference.host_facts.device import (
 from shoal_inference.stage.compute.device import Device
 from shoal_inference.stage.ipc.messages import PassTiming
 from shoal_inference.stage.requests.pass_timing import EVERY_S, LEAST_PASSES, MOST_PASSES, Passes
-from tests.inference.conftest import Models, Rings, Run
+from tests.inference.service.conftest import Models, Rings, Run
 from tests.inference.service.test_memory_facts import left_in
 
 IDLE = 10e9

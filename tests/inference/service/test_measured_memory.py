@@ -23,7 +23,7 @@ from shoal_placement.planning.memory_model import (
     model_need,
 )
 from shoal_placement.solver import slice_bytes
-from tests.inference.conftest import ROOT
+from tests.inference.service.conftest import ROOT
 
 TOKENS = 1025
 """Two full chunks, the second of which sees the first, and one more token."""

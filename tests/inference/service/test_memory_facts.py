@@ -23,7 +23,7 @@ from shoal_inference.host_facts.device import (
 from shoal_inference.host_facts.memory import debounce_facts, memory_facts, occupied_bytes
 from shoal_inference.host_facts.memory_pressure import parse_psi, pressure_level
 from shoal_inference.stage.compute.device import Device
-from tests.inference.conftest import ROOT
+from tests.inference.service.conftest import ROOT
 
 MIB = 1 << 20
 CPU = Device(accelerator="cpu")

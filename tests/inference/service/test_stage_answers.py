@@ -18,7 +18,7 @@ from mlx_lm.generate import generate_step
 
 from shoal_common.messages.generation import Accepted, ChatMessage, TokenEvent
 from shoal_common.models.kv_cache import KV_CACHE_STEP_TOKENS
-from tests.inference.conftest import Models, Rings, Run
+from tests.inference.service.conftest import Models, Rings, Run
 from tests.inference.stage_ring import CHUNK_TOKENS, RingOfStages
 from tests.inference.tiny_models import CONTEXT_TOKENS, END_OF_TEXT, VOCABULARY
 

@@ -17,7 +17,7 @@ from shoal_inference.stage.ipc.messages import Fatal, Linked, Listening, Start, 
 from shoal_inference.stage.ipc.parent import StageProcess
 from shoal_inference.stage.ring import handshake
 from shoal_inference.stage.ring.frames import Kind, encode_frame, make_frame, ring_tag
-from tests.inference.conftest import Models, Rings, Run
+from tests.inference.service.conftest import Models, Rings, Run
 from tests.inference.stage_ring import SECRET, Child, RingOfStages
 
 PROMPT = (7, 21, 40, 3, 99, 250, 8, 12, 77, 5, 64)

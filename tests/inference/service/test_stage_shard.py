@@ -19,7 +19,7 @@ from shoal_inference.stage.compute.mlx_lm_adapter import remapping
 from shoal_inference.stage.errors import LoadFailed, UnsupportedArchitecture
 from shoal_inference.stage.ipc.messages import Loaded, Start
 from shoal_inference.stage.ring.frames import Open
-from tests.inference.conftest import Models, Rings, Run
+from tests.inference.service.conftest import Models, Rings, Run
 from tests.inference.stage_ring import CHUNK_TOKENS
 from tests.inference.tiny_models import CONFIGS, LAYERS, own_bytes
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 
 from shoal_common.messages.envelope import Empty
 from shoal_common.messages.instances import InstanceSpec, StageSpec
 from shoal_common.messages.storage import RecordUse
 from shoal_common.rpc.request_reply import RpcClient, RpcEndpoint, serve
 from shoal_inference.host_facts.usage_reporter import UsageReporter
+from tests.harness.fresh import Fresh
 from tests.harness.nats import NatsServer, joined
 
-Fresh = Callable[[str], str]
 DEADLINE_S = 45.0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from shoal_common.bus import subjects
@@ -11,12 +10,11 @@ from shoal_common.messages import encode
 from shoal_common.messages.downloads import StopDownloads
 from shoal_common.messages.instances import InstanceSpec, StageSpec
 from shoal_common.messages.storage import Delete
+from tests.harness.fresh import Fresh
 from tests.harness.nats import NatsServer
 from tests.harness.waiting import eventually
 from tests.storage.running_storage import Node, on_node
 from tests.storage.store_fixtures import Model, check_invariants, files_below, files_of, put, sha256
-
-Fresh = Callable[[str], str]
 
 
 def instance_of(model: Model, name: str, node: str) -> InstanceSpec:

@@ -19,10 +19,8 @@ from shoal_common.rpc.command_client import CommandClient, new_command_id
 from shoal_common.store.bitmap import LEAF_BYTES
 from shoal_demo.stats import RequestCounts
 from tests.fetcher.pull_site import Site
+from tests.harness.fresh import Fresh
 from tests.storage.deletion_fixtures import DEADLINE_S, NODE, SLOWLY, DeletionCase, case_of, present
-
-Fresh = Callable[[str], str]
-
 
 # The states
 

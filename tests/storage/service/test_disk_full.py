@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ from shoal_common.store.verification_stamp import write_stamp
 from shoal_storage.eviction import executor as room_module
 from shoal_storage.eviction.disk_full import DiskFullHandler, map_disk_full
 from shoal_storage.files.ballast import BallastFile, next_step
+from tests.harness.fresh import Fresh
 from tests.harness.nats import NatsServer
 from tests.harness.tiny_filesystem import fill, fill_more, free_bytes, small_disk
 from tests.harness.waiting import eventually
@@ -27,7 +27,6 @@ from tests.storage.running_storage import on_node
 from tests.storage.service.test_eviction_races import A, B, C, Held, holding, model_of
 from tests.storage.store_fixtures import Model, StoreFixture, check_invariants, put, sha256
 
-Fresh = Callable[[str], str]
 DISK_BYTES, FILES = 8 << 20, 64
 MIB = 1 << 20
 SIZES = st.integers(0, 1000)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,13 +13,13 @@ from shoal_common.bus.keys import instance_key
 from shoal_common.errors import BadInput, QuotaExceeded
 from shoal_common.messages.storage import CollectGarbage, EvictionPlan, Pin, ReserveResult
 from shoal_common.store.verification_stamp import write_stamp
+from tests.harness.fresh import Fresh
 from tests.harness.nats import NatsServer
 from tests.harness.tiny_filesystem import fill, small_disk
 from tests.storage.running_storage import Node, on_node
 from tests.storage.service.test_deletion import instance_of
 from tests.storage.store_fixtures import Model, check_invariants, files_below, files_of, put, sha256
 
-Fresh = Callable[[str], str]
 LRU = {"SHOAL_EVICTION_POLICY": "lru"}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -28,11 +28,11 @@ from shoal_storage.publisher import StatePublisher
 from shoal_storage.startup import recover_store
 from shoal_storage.store.store import Store
 from shoal_storage.store.tombstones import finish_delete
+from tests.harness.fresh import Fresh
 from tests.harness.nats import Joined, NatsServer, joined
 from tests.storage.service.test_deletion import instance_of
 from tests.storage.store_fixtures import Model, check_invariants, files_below, put
 
-Fresh = Callable[[str], str]
 GATE_DEADLINE_S = 45.0
 
 

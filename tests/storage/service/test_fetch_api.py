@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -28,10 +28,10 @@ from shoal_storage.publisher import StatePublisher
 from shoal_storage.startup import recover_store
 from shoal_storage.store.partials import verify_partial
 from shoal_storage.store.store import Store
+from tests.harness.fresh import Fresh
 from tests.harness.nats import Joined, NatsServer, joined
 from tests.storage.store_fixtures import Model, check_invariants, files_below, put, sha256
 
-Fresh = Callable[[str], str]
 GATE_DEADLINE_S = 45.0
 
 

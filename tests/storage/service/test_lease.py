@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,13 +21,11 @@ from shoal_storage.ledger.lease import LOCK_DEADLINE_S, ModelLease, grace_left_s
 from shoal_storage.ledger.references import blobs_freed_by
 from shoal_storage.ledger.usage import ModelUser, join_names, release_hint, users_of
 from shoal_storage.ledger.uses import ModelUses
+from tests.harness.fresh import Fresh
 from tests.harness.nats import NatsServer
 from tests.storage.lease_fixtures import holder_of
 from tests.storage.ledger_builder import build_ledger
 from tests.storage.service.test_fetch_api import holding as guarding
-
-Fresh = Callable[[str], str]
-
 
 TIMES = st.floats(0, 1e6)
 

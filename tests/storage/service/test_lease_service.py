@@ -7,7 +7,6 @@ import errno
 import json
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,6 +22,7 @@ from shoal_common.messages.storage import CollectGarbage, Verify
 from shoal_common.rpc.request_reply import RpcEndpoint, serve
 from shoal_storage.leases import lease_files
 from shoal_storage.ledger.lease import LOCK_DEADLINE_S, MAX_LEASES, ModelLease
+from tests.harness.fresh import Fresh
 from tests.harness.nats import NatsServer
 from tests.harness.waiting import eventually
 from tests.storage.lease_fixtures import holder_of
@@ -31,9 +31,6 @@ from tests.storage.service.test_deletion import instance_of
 from tests.storage.service.test_fetch_api import holding as guarding
 from tests.storage.service.test_verifier import flip
 from tests.storage.store_fixtures import Model, StoreFixture, check_invariants, files_below, files_of, put, sha256
-
-Fresh = Callable[[str], str]
-
 
 MODEL = Model("org/model", {"weights.bin": b"w" * 4000, "sub/config.json": b"{}"})
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from shoal_common.messages.storage import (
     GetManifest,
     Verify,
 )
+from tests.harness.fresh import Fresh
 from tests.harness.nats import NatsServer
 from tests.harness.waiting import eventually
 from tests.storage.library_fixtures import (
@@ -36,8 +36,6 @@ from tests.storage.library_fixtures import (
 )
 from tests.storage.service.test_verifier import fileserver_of, flip
 from tests.storage.store_fixtures import sha256
-
-Fresh = Callable[[str], str]
 
 
 async def test_I1_a_byte_flipped_before_the_scan_is_never_offered(

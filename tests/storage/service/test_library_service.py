@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 from shoal_common.messages.manifest import Manifest
@@ -16,6 +15,7 @@ from shoal_common.messages.storage import (
     Verify,
 )
 from shoal_common.store.store_paths import StorePaths
+from tests.harness.fresh import Fresh
 from tests.harness.nats import NatsServer
 from tests.storage.library_fixtures import (
     FILES,
@@ -37,8 +37,6 @@ from tests.storage.library_fixtures import (
 from tests.storage.running_storage import on_node
 from tests.storage.service.test_verifier import fileserver_of
 from tests.storage.store_fixtures import Model, StoreFixture, files_below, git_sha1, sha256
-
-Fresh = Callable[[str], str]
 
 
 async def test_I4_a_library_is_offered_and_served_and_never_written(

@@ -12,14 +12,12 @@ import pytest
 
 from shoal_common.messages.storage import CollectGarbage, StorageState, Verify
 from tests.fileserver.running_fileserver import Fileserver
+from tests.harness.fresh import Fresh
 from tests.harness.nats import NatsServer
 from tests.harness.waiting import eventually
 from tests.storage.running_storage import Node, on_node
 from tests.storage.service.test_verifier import fileserver_of
 from tests.storage.store_fixtures import Model, StoreFixture, check_invariants, files_below, files_of, sha256
-
-Fresh = Callable[[str], str]
-
 
 WAIT_TIMEOUT_S = 40.0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from shoal_storage.ledger.ledger import Ledger
 from shoal_storage.ledger.references import manifests_with_blob
 from shoal_storage.store.commit import delete_quarantined
 from shoal_storage.store.partials import delete_partial, verify_partial, write_partial
+from tests.harness.fresh import Fresh
 from tests.harness.nats import NatsServer
 from tests.storage.running_storage import on_node
 from tests.storage.service.test_verifier import flip, verify
@@ -42,7 +43,6 @@ from tests.storage.store_fixtures import (
 from tests.storage.syscall_tracer import Call, seen
 from tests.storage.unit.test_leaf_hash_file import no_rate_limit
 
-Fresh = Callable[[str], str]
 EXAMPLES = 60
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -28,15 +28,13 @@ from shoal_storage.files.metadata_files import MetadataFiles
 from shoal_storage.handlers.reservations import ReservationExpiry
 from shoal_storage.startup import recover_store
 from shoal_storage.store.partials import has_partial
+from tests.harness.fresh import Fresh
 from tests.harness.nats import NatsServer
 from tests.harness.waiting import eventually
 from tests.storage.running_storage import on_node
 from tests.storage.service.test_eviction_races import A, B, Held, holding, model_of
 from tests.storage.store_fixtures import Model, files_below, files_of, put
 from tests.storage.unit.test_reservation_expiry import DAY_S, NOW_S
-
-Fresh = Callable[[str], str]
-
 
 # In a store, with a cluster state set by the test
 

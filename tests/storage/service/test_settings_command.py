@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
@@ -17,12 +17,12 @@ from shoal_common.messages.envelope import Outcome
 from shoal_common.messages.storage import Configure
 from shoal_common.settings.node import StorageSettings
 from shoal_storage.settings import requested_changes, settings_warning
+from tests.harness.fresh import Fresh
 from tests.harness.nats import NatsServer
 from tests.harness.process import node_environment, started
 from tests.storage.running_storage import Node, on_node
 from tests.storage.store_fixtures import Model
 
-Fresh = Callable[[str], str]
 FILE = (
     '# the name\nid = "{}"\n\n[storage]  # the disk\n# half of it\nmax_storage_bytes = 1000  # small\n\n[gateway]\n'
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from shoal_common.store import leaf_set
 from shoal_common.store.bitmap import LEAF_BYTES
 from shoal_common.store.leaf_hash import hash_leaf_list
 from shoal_storage.ledger.entries import PartialBlobInfo, Shard
+from tests.harness.fresh import Fresh
 from tests.harness.nats import NatsServer
 from tests.harness.waiting import eventually
 from tests.storage.ledger_builder import build_ledger
@@ -44,8 +44,6 @@ from tests.storage.shard_fixtures import (
     reserve,
     seal,
 )
-
-Fresh = Callable[[str], str]
 
 
 async def test_I3_a_shard_counts_only_its_leaves_before_and_after(

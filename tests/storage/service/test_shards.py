@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from shoal_common.messages.envelope import Empty
 from shoal_common.messages.leases import ReleaseLease
 from shoal_common.messages.storage import CollectGarbage, Pin
 from shoal_common.store.bitmap import LEAF_BYTES, Bitmap
+from tests.harness.fresh import Fresh
 from tests.harness.nats import NatsServer
 from tests.harness.waiting import eventually
 from tests.storage.running_storage import WAIT_TIMEOUT_S, on_node
@@ -35,8 +35,6 @@ from tests.storage.shard_fixtures import (
     seal,
 )
 from tests.storage.store_fixtures import Model
-
-Fresh = Callable[[str], str]
 
 
 async def test_other_layers_extend_the_shard_and_a_restart_keeps_it(

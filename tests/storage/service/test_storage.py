@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,13 +15,12 @@ from shoal_common.errors import BadInput, BadName, Corrupt, NotFound, QuotaExcee
 from shoal_common.messages.envelope import Empty
 from shoal_common.messages.manifest import Manifest, ManifestFile
 from shoal_common.messages.storage import GetManifest, ModelState, Release, StorageState
+from tests.harness.fresh import Fresh
 from tests.harness.nats import NatsServer
 from tests.harness.process import node_environment, started
 from tests.harness.waiting import eventually
 from tests.storage.running_storage import on_node
 from tests.storage.store_fixtures import Model, check_invariants, files_below, files_of, put, sha256
-
-Fresh = Callable[[str], str]
 
 
 async def test_a_model_comes_in_and_exactly_it_is_published(

@@ -9,13 +9,14 @@ import errno
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from shoal_common.errors import ShoalError
+from tests.harness.fresh import Fresh
 from tests.harness.nats import NatsServer
 from tests.harness.tiny_filesystem import fill, small_disk
 from tests.storage.crash_child_store import live
@@ -26,7 +27,6 @@ from tests.storage.service.test_store_kills import live as live_under_strace
 from tests.storage.store_fixtures import Model, StoreFixture, check_invariants, files_below, files_of
 from tests.storage.syscall_tracer import Call, seen
 
-Fresh = Callable[[str], str]
 ANY_CALL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 TWO_PLACES = (*ANY_CALL, errno.EMLINK, errno.EXDEV)
 FULL_BYTES = 8 << 20

@@ -6,12 +6,12 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from shoal_common.messages.storage import CollectGarbage, Pin, Verify
+from tests.harness.fresh import Fresh
 from tests.harness.nats import NatsServer
 from tests.harness.process import Process, node_environment, started
 from tests.storage.running_storage import on_node
@@ -23,8 +23,6 @@ from tests.storage.service.test_manual_changes import (
     wait_unpublished,
 )
 from tests.storage.store_fixtures import Model, files_below, files_of
-
-Fresh = Callable[[str], str]
 
 
 async def test_foreign_files_are_counted_and_survive_everything(

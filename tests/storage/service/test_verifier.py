@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from shoal_storage.integrity import blob_check, quarantine
 from shoal_storage.integrity.consequences import next_to_scrub
 from shoal_storage.startup import recover_store
 from tests.fileserver.running_fileserver import Fileserver
+from tests.harness.fresh import Fresh
 from tests.harness.nats import NatsServer
 from tests.harness.process import Process, node_environment, started
 from tests.harness.waiting import eventually
@@ -29,7 +30,6 @@ from tests.storage.running_storage import Node, on_node
 from tests.storage.service.test_deletion import instance_of
 from tests.storage.store_fixtures import Model, StoreFixture, check_invariants, files_below, files_of, put, sha256
 
-Fresh = Callable[[str], str]
 DEADLINE_S = 45.0
 EXAMPLES = 12
 LARGE = Model("org/large", {"weights.bin": bytes(range(256)) * 12000, "config.json": b"{}"})

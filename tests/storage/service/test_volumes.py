@@ -14,6 +14,7 @@ from shoal_common.errors import QuotaExceeded
 from shoal_common.messages.storage import CollectGarbage, Configure, Verify, VolumeState
 from shoal_common.store.blob_lookup import find_blob, open_blob
 from shoal_common.store.store_paths import StorePaths
+from tests.harness.fresh import Fresh
 from tests.harness.nats import NatsServer
 from tests.harness.tiny_filesystem import LoopDisk, fill, loop_disk, small_disk
 from tests.storage.lease_fixtures import holder_of
@@ -21,7 +22,6 @@ from tests.storage.library_fixtures import snapshot_tree
 from tests.storage.running_storage import Node, on_node
 from tests.storage.store_fixtures import Model, check_invariants, put
 
-Fresh = Callable[[str], str]
 MIB = 1 << 20
 DEADLINE_S = 60.0
 DISK_BYTES = 32 * MIB

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import os
-import sys
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-SERVICE = str(ROOT / "services" / "inference")
-for entry in (str(ROOT), SERVICE):
-    if entry not in sys.path:
-        sys.path.insert(0, entry)
+from tests.inference.stage_ring import WAIT_TIMEOUT_S, RingOfStages
+from tests.inference.tiny_models import write_model
 
-from tests.inference.stage_ring import WAIT_TIMEOUT_S, RingOfStages  # noqa: E402  the paths above come first
-from tests.inference.tiny_models import write_model  # noqa: E402  the same
+ROOT = Path(__file__).parents[3]
+SERVICE = str(ROOT / "services" / "inference")
 
 T = TypeVar("T")
 Run = Callable[[Coroutine[Any, Any, T]], T]
