@@ -204,7 +204,8 @@ def test_this_machine_has_loopback_and_only_its_own_addresses() -> None:
 def test_interfaces_are_read_again_only_on_refresh() -> None:
     reads = iter([(Interface("a", "ethernet"),), (Interface("b", "wifi"),)])
     seen = InterfaceMonitor(lambda: next(reads))
-    assert seen.current == seen.current == (Interface("a", "ethernet"),)
+    assert not seen.current
+    assert seen.refresh() == seen.current == (Interface("a", "ethernet"),)
     assert seen.refresh() == seen.current == (Interface("b", "wifi"),)
 
 

@@ -55,12 +55,12 @@ class InterfaceMonitor:
 
     def __init__(self, read: Callable[[], tuple[Interface, ...]] | None = None) -> None:
         self._read = read or read_interfaces
-        self._seen: tuple[Interface, ...] | None = None
+        self._seen: tuple[Interface, ...] = ()
 
     @property
     def current(self) -> tuple[Interface, ...]:
-        """Interfaces as last read; the first access reads them, which takes milliseconds."""
-        return self.refresh() if self._seen is None else self._seen
+        """Interfaces as last read; none before the first `refresh`."""
+        return self._seen
 
     def refresh(self) -> tuple[Interface, ...]:
         """Read the interfaces again. Blocks for milliseconds, on macOS with new interfaces for longer.
@@ -71,7 +71,6 @@ class InterfaceMonitor:
             self._seen = self._read()
         except (OSError, psutil.Error) as e:
             log.warning("cannot read this machine's network interfaces", reason=str(e))
-            self._seen = self._seen or ()
         return self._seen
 
 
