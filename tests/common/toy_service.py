@@ -4,7 +4,7 @@ TOY makes it misbehave: `crash` (one of its tasks fails once it is ready), `deaf
 (a background task cleans up for longer than a second), `stuck` (it is deaf to a cancellation too).
 TOY_STOP_DEADLINE_S, TOY_CLEANUP_DEADLINE_S and TOY_ACK_WAIT_S shorten what a test would otherwise wait for.
 Its command `work` creates a file and never ends; if the file exists already, it succeeds. So the first delivery can
-be killed in the middle, and told from the second.
+be killed in the middle, and told from the second. Its command `save` completes once begun, in more than a second.
 """
 
 from __future__ import annotations
@@ -53,6 +53,13 @@ async def _work(command: Work, identity: str) -> object:
     return {}
 
 
+async def _save() -> object:
+    log.info("saving")
+    await asyncio.sleep(1.2)
+    log.info("saved")
+    return {}
+
+
 async def _echo(question: Echo) -> Echo:
     return question
 
@@ -79,9 +86,14 @@ async def _never_end() -> None:
 async def run(context: service.ServiceContext) -> None:
     """Run the service."""
     mode = context.environ.get("TOY", "")
+
+    async def save(_: Command, __: str) -> object:
+        return await context.detached.run(_save())
+
+    verbs = {"work": CommandHandler(Work, _work, 60.0), "save": CommandHandler(Command, save, 60.0)}
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(context.serve({"echo": RpcEndpoint(Echo, _echo)}))
-        tasks.create_task(context.run_commands({"work": CommandHandler(Work, _work, 60.0)}))
+        tasks.create_task(context.run_commands(verbs))
         context.ready()
         if mode == "crash":
             tasks.create_task(_crash())

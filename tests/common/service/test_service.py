@@ -147,6 +147,16 @@ async def test_the_clean_up_of_a_background_task_runs_to_its_end(home: Home) -> 
         assert "cleaning up" in toy.output and "cleaned up" in toy.output, toy.output
 
 
+async def test_what_a_command_has_begun_completes_before_a_stop(nats: NatsServer, home: Home) -> None:
+    async with joined(nats) as here, started(TOY, environment=home.environment()) as toy:
+        await toy.wait_ready()
+        await here.client.publish(f"shoal.v1.cmd.storage.{home.node}.save", b"{}")
+        await toy.wait_line("msg=saving")
+        toy.send(signal.SIGTERM)
+        assert await toy.wait_exit() == 0
+        assert "msg=saved" in toy.output, toy.output
+
+
 async def test_a_service_names_a_task_that_never_ends_and_exits(home: Home) -> None:
     deadlines = {"TOY_STOP_DEADLINE_S": "0.3", "TOY_CLEANUP_DEADLINE_S": "0.3"}
     async with started(TOY, environment=home.environment(TOY="stuck", **deadlines)) as toy:
