@@ -200,7 +200,8 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(model=MODEL, sha256=BLOB)
     def end_or_abandon(self, model: str, sha256: str) -> None:
         self.ledger.arrivals.abandon_reservation(model)
-        for changed in self.ledger.arrivals.count_on(sha256, next(g for g, b in GIT_NAMES.items() if b == sha256)):
+        git_name = next(g for g, b in GIT_NAMES.items() if b == sha256)
+        for changed in self.ledger.arrivals.record_sha256(git_name, sha256):
             assert sha256 in self.ledger.arrivals.reservations[changed]
 
     @rule(model=MODEL)

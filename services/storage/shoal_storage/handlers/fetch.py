@@ -152,9 +152,7 @@ class FetchApi:
         sha256_by_git_name: dict[str, str] = {}
         for f in manifest.files:
             if not f.sha256:
-                sha256 = self._ledger.sha256_by_git_name.get(f.blob)
-                if sha256 not in self._ledger.blobs:
-                    sha256 = self._ledger.libraries.sha256_by_git_name.get(f.blob)
+                sha256 = self._ledger.sha256_of(f.blob)
                 if sha256 is None:
                     sha256 = await asyncio.to_thread(
                         find_by_git_sha1, self._store, f.git_sha1, f.size_bytes, self._ledger
@@ -219,7 +217,7 @@ class FetchApi:
             raise
         async with self._section:
             self._require_unchanged(blob, partial)
-            for model in self._ledger.arrivals.count_on(digests.sha256, blob):
+            for model in self._ledger.arrivals.record_sha256(blob, digests.sha256):
                 await asyncio.to_thread(self.metadata.write_reservation, model)
             await asyncio.to_thread(commit_blob, self._store, blob, digests)
             self._ledger.commit_blob(blob, digests.sha256, digests.size_bytes)

@@ -105,9 +105,8 @@ class Arrivals:
         """Let a model's reservation, or a new one, count on these blobs too."""
         self.reserve(model, {*self._reservations.get(model, ()), *blobs})
 
-    def count_on(self, sha256: str, blob: str) -> list[str]:
-        """Let the reservations that count on a blob by its name by git's sha1 count on its sha256 too; return those
-        that did not yet."""
+    def record_sha256(self, blob: str, sha256: str) -> list[str]:
+        """Let reservations that count on a blob by git's sha1 count on its sha256 too. Returns the models changed."""
         models = [m for m, blobs in self._reservations.items() if blob in blobs and sha256 not in blobs]
         for model in models:
             self.extend_reservation(model, [sha256])

@@ -14,8 +14,8 @@ _BLOCK_BYTES = 64 << 10
 """The largest block size of common file systems. What a file occupies beyond its bytes is less, and not counted."""
 
 
-K = TypeVar("K")
-V = TypeVar("V")
+_K = TypeVar("_K")
+_V = TypeVar("_V")
 
 
 class PartialBlobInfo(msgspec.Struct, frozen=True):
@@ -113,7 +113,7 @@ class ForeignFiles(msgspec.Struct, frozen=True):
     paths: tuple[str, ...] = ()
 
 
-def replace_entries(target: dict[K, V], entries: Mapping[K, V]) -> None:
+def replace_entries(target: dict[_K, _V], entries: Mapping[_K, _V]) -> None:
     """Make a dict equal to another, without emptying it in between: threads may be reading it."""
     for key in target.keys() - entries.keys():
         del target[key]

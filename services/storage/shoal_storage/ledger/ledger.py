@@ -124,6 +124,10 @@ class Ledger:
             size_bytes = self.libraries.blobs[blob].stat.size_bytes
         return size_bytes
 
+    def sha256_of(self, git_name: str) -> str | None:
+        """Return the sha256 of a blob, in the store or a library, that is known by git's sha1: `git-<sha1>`."""
+        return self._sha256_by_git_name.get(git_name) or self.libraries.sha256_by_git_name.get(git_name)
+
     def is_complete(self, manifest: Manifest) -> bool:
         """Whether every file of a manifest is a blob of the right size, in the store or in a library."""
         return all(self.blob_size(f.sha256) == f.size_bytes for f in manifest.files)
