@@ -27,7 +27,8 @@ class Ledger:
     - `volume_by_blob` names only blobs that are present, unverified, arriving or quarantined, and those that the disk
       is about to receive;
     - `sha256_by_git_name` names only blobs that are present;
-    - the bytes used, reserved and in flight are never negative.
+    - `used_bytes` and `reserved_bytes` together count every byte once that is here or may come; no part of them that
+      is in flight is negative.
 
     A blob may be both present and arriving: one of another size is fetched again, and a file that somebody copied in
     may turn out to be what arrives.
