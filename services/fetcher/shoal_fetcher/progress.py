@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, suppress
-from typing import Any
+from typing import Protocol
 
 from msgspec import structs
 
@@ -14,9 +14,9 @@ from shoal_common import telemetry
 from shoal_common.bus import cluster_clock
 from shoal_common.bus.keys import download_key
 from shoal_common.bus.kv_bucket import Bucket
-from shoal_common.errors import Unavailable
+from shoal_common.errors import ShoalError, Unavailable
 from shoal_common.host.rate_limiter import RateLimiter
-from shoal_common.messages.downloads import DownloadPhase, DownloadState
+from shoal_common.messages.downloads import DownloadState
 from shoal_fetcher.sources.failure_policy import HUB
 from shoal_fetcher.sources.source_changes import SourceChange, SourceChanges
 
@@ -28,31 +28,60 @@ _MAX_SOURCE_CHANGES = 16
 """Reported with one update; more are dropped."""
 
 
+class DownloadListener(Protocol):
+    """Receives what only the sources of a download know."""
+
+    def on_waiting(self, reason: str) -> None:
+        """A source is waited for; "": it sends again."""
+
+    def on_no_progress(self, path: str, stalled_s: float, reason: str) -> None:
+        """No leaf has become durable for so long. Raises Unavailable if that is too long."""
+
+    async def on_source_change(self, change: SourceChange) -> None:
+        """Another source serves a file."""
+
+
 class Progress:
-    """The only publisher of one `state` key `download.<node>.<model>`."""
+    """The figures of one download, and the only publisher of its `state` key `download.<node>.<model>`."""
 
     def __init__(
-        self,
-        bucket: Bucket,
-        state: DownloadState,
-        on_source_change: Callable[[SourceChange], Awaitable[None]] | None = None,
+        self, bucket: Bucket, state: DownloadState, listener: DownloadListener, is_published: bool = False
     ) -> None:
-        self._bucket, self._on_source_change = bucket, on_source_change
+        self._bucket, self._listener = bucket, listener
         self._key = download_key(state.node, state.model)
         self.state = state
-        self._durable_by_blob: dict[str, int] = {}
         self._complete_bytes = state.done_bytes
-        self._received: dict[str, int] = dict(state.sources)
+        self._durable_by_blob: dict[str, int] = {}
+        self._after_publish = AsyncExitStack()
+        self._dirty = not is_published
+        self._writing = asyncio.Lock()
+        self._written_at_s = 0.0
+        self._requested_writes = self._finished_writes = 0
+        self._reset_sources()
+
+    def _reset_sources(self) -> None:
+        self._received: dict[str, int] = dict(self.state.sources)
         self._last_received, self._last_at_s = dict(self._received), time.monotonic()
         self._speeds: dict[str, float] = {}
-        self._switched = dict(state.source_switches)
+        self._switched = dict(self.state.source_switches)
         self._serving, self._source_changes = SourceChanges(), list[SourceChange]()
-        self._after_publish = AsyncExitStack()
-        self._dirty = False
         self._progress_at_s = time.monotonic()
-        self._writing = asyncio.Lock()
-        self._published, self._written_at_s = False, 0.0
-        self._requested_writes = self._finished_writes = 0
+
+    def begin_attempt(self, forget_sources: bool) -> None:
+        """Begin another attempt. What has arrived counts, until storage reports what is present."""
+        self._complete_bytes = self.done_bytes
+        self._durable_by_blob.clear()
+        state = structs.replace(self.state, resumed_bytes=0)
+        if forget_sources:
+            now_s = round(cluster_clock.now_s(), 3)
+            state = structs.replace(state, sources={}, source_switches={}, started_at_s=now_s)
+        self.set_state(state)
+        self._reset_sources()
+
+    def set_state(self, state: DownloadState) -> None:
+        """Change what is to be published. Its figures of bytes and sources are set at each publish."""
+        if state != self.state:
+            self.state, self._dirty = state, True
 
     @property
     def stalled_s(self) -> float:
@@ -103,21 +132,19 @@ class Progress:
         self._dirty |= size_bytes != self._durable_by_blob.get(blob)
         self._durable_by_blob[blob] = size_bytes
 
-    def set_total_bytes(self, size_bytes: int) -> None:
-        """Set the bytes that the finished download has."""
-        self.state = structs.replace(self.state, total_bytes=size_bytes)
-        self._dirty = True
-
     @property
     def done_bytes(self) -> int:
         """Bytes that are durable now, published or not."""
         return self._complete_bytes + sum(self._durable_by_blob.values())
 
-    def set_waiting_for(self, waiting_for: str) -> None:
-        """Set what the download waits for, or "": published with the next second's update."""
-        if self.state.waiting_for != waiting_for:
-            self.state = structs.replace(self.state, waiting_for=waiting_for)
-            self._dirty = True
+    def set_waiting_for(self, reason: str) -> None:
+        """Set what a source is waited for; "": it sends again. Published with the next second's update."""
+        self._listener.on_waiting(reason)
+
+    def check_stalled(self, path: str, last_error: ShoalError | None) -> None:
+        """Raise Unavailable if nothing of the download has become durable for too long."""
+        reason = last_error.message if last_error else self.state.waiting_for
+        self._listener.on_no_progress(path, self.stalled_s, reason)
 
     def set_blob_complete(self, blob: str, sha256: str, size_bytes: int, leaf_list_digest: str = "") -> None:
         """Mark a blob complete: peers may fetch it from the next update on, verified by the list of this digest."""
@@ -151,17 +178,11 @@ class Progress:
         self._after_publish.push_async_exit(cleanup)
         self._dirty = True
 
-    async def publish_state(self, **changes: Any) -> None:
-        """Change fields. A new phase is published at once, others after PUBLISH_INTERVAL_S, and unchanged values
-        never.
-        """
-        if self._published and all(getattr(self.state, name) == value for name, value in changes.items()):
-            return
-        new: DownloadPhase = changes.get("phase", self.state.phase)
-        is_urgent = not self._published or new != self.state.phase or self._wait_s <= 0
-        self.state = structs.replace(self.state, **changes)
-        self._dirty = True
-        if is_urgent:
+    async def publish_changes(self) -> None:
+        """Write the state now, unless it is published already. Raises Unavailable."""
+        async with self._writing:
+            pass  # a write under way may be of these changes
+        if self._dirty:
             await self.publish()
 
     async def publish(self) -> None:
@@ -180,15 +201,14 @@ class Progress:
                 self._dirty = True
                 self._after_publish.push_async_exit(after_publish)
                 raise
-            self._published, self._finished_writes = True, covered
+            self._finished_writes = covered
         await after_publish.aclose()
         await self._report_source_changes()
 
     async def _report_source_changes(self) -> None:
         changes, self._source_changes = self._source_changes, []
         for change in changes:
-            if self._on_source_change is not None:
-                await self._on_source_change(change)
+            await self._listener.on_source_change(change)
 
     def _measure(self) -> None:
         now_s = time.monotonic()
@@ -228,5 +248,5 @@ class Progress:
                     await self.publish()
 
     async def close(self) -> None:
-        """Stop publishing, and run what waits for a publish."""
+        """Run what waits for a publish."""
         await self._after_publish.aclose()

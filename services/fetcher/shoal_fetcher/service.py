@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import asyncio
 
+from shoal_common.liveness.peer_failure import PeerFailureReporter
 from shoal_common.messages import downloads
 from shoal_common.messages.downloads import DownloadRequest, StopDownloads
 from shoal_common.messages.model_shape import GetModelShape
 from shoal_common.rpc.command_worker import CommandHandler
 from shoal_common.rpc.request_reply import RpcEndpoint
 from shoal_common.service import ServiceContext
+from shoal_common.store.store_paths import StorePaths
 from shoal_fetcher.cluster_view import ClusterView
+from shoal_fetcher.downloads.blob_fetcher import BlobFetcher
 from shoal_fetcher.downloads.manager import DownloadManager
+from shoal_fetcher.downloads.model_fetch import DownloadContext
 from shoal_fetcher.downloads.request_store import DownloadRequests
+from shoal_fetcher.hub.client import HubClient, HubSettings
+from shoal_fetcher.hub.model_info import ModelShapes
 from shoal_fetcher.hub.range_reader import make_hub_client
+from shoal_fetcher.partials.blocking import LeafWorkers
 from shoal_fetcher.rate_limits import RateLimits
+from shoal_fetcher.storage_client import StorageClient
+from shoal_fetcher.swarm.context import NodeFetchContext
 from shoal_fetcher.swarm.http_client import PeerHttpClient
+from shoal_fetcher.swarm.peer_client import FileserverClient
 
 _DOWNLOAD_DEADLINE_S = 24 * 3600.0
 _CONTROL_DEADLINE_S = 60.0
@@ -23,24 +33,45 @@ _CONTROL_DEADLINE_S = 60.0
 
 async def run(context: ServiceContext) -> None:
     """Run the fetcher service."""
-    async with make_hub_client() as from_hub, PeerHttpClient() as from_peers, asyncio.TaskGroup() as tasks:
+    async with (
+        LeafWorkers() as workers,
+        make_hub_client() as from_hub,
+        PeerHttpClient() as from_peers,
+        asyncio.TaskGroup() as tasks,
+    ):
         live = await context.mirror(tasks, "live", "*.fileserver", "*.storage")
         state = await context.mirror(tasks, "state")
         lease = await context.mirror(tasks, "lease")
         spec = await context.mirror(tasks, "spec", f"download.{context.node}.>")
         await context.follow_interfaces()
         cluster_view = ClusterView(context.nats, context.node, live, state, lease, spec, context.interfaces)
-        requests = DownloadRequests(
-            context.buckets, context.node, [request for _, request in spec.items("", DownloadRequest)]
-        )
         rate_limits = RateLimits()
         context.run_in_background(tasks, rate_limits.follow_settings(state, context.node))
-        fetcher = DownloadManager(context, tasks, cluster_view, requests, rate_limits, from_hub, from_peers)
+        node_context = NodeFetchContext(
+            node=context.node,
+            uid=context.liveness.uid,
+            nats=context.nats,
+            buckets=context.buckets,
+            cluster_view=cluster_view,
+            hub=HubClient(HubSettings.read(context.environ), from_hub),
+            rate_limits=rate_limits,
+            peers=FileserverClient(
+                from_peers,
+                context.config.secret,
+                cluster_view.addresses,
+                PeerFailureReporter(context.nats, context.node).report,
+            ),
+            layout=StorePaths(context.config.store),
+            workers=workers,
+        )
+        stored = [request for _, request in spec.items("", DownloadRequest)]
+        fetcher = DownloadManager(download_context(context, node_context, stored), tasks)
+        shapes = ModelShapes(node_context.hub, rate_limits.hub)
         await fetcher.resume_pending()
-        context.run_in_background(tasks, fetcher.republish_after_wipes())
+        context.run_in_background(tasks, fetcher.republish_after_wipes(context.nats.store_wipes))
         endpoints = {
             "stop_downloads": RpcEndpoint(StopDownloads, fetcher.stop_downloads),
-            "shape": RpcEndpoint(GetModelShape, fetcher.shape),
+            "shape": RpcEndpoint(GetModelShape, shapes.shape),
         }
         tasks.create_task(context.serve(endpoints))
         tasks.create_task(
@@ -56,3 +87,23 @@ async def run(context: ServiceContext) -> None:
         context.ready()
         await context.stopping.wait()
         fetcher.stop()
+
+
+def download_context(
+    context: ServiceContext, node_context: NodeFetchContext, stored: list[DownloadRequest]
+) -> DownloadContext:
+    """Return what all downloads of this node share. `stored` are the requests that NATS has."""
+    storage = StorageClient(context.rpc, context.node, node_context.cluster_view)
+    return DownloadContext(
+        node=context.node,
+        layout=node_context.layout,
+        buckets=context.buckets,
+        rpc=context.rpc,
+        events=context.events,
+        storage=storage,
+        hub=node_context.hub,
+        cluster_view=node_context.cluster_view,
+        blobs=BlobFetcher(node_context, storage),
+        leaf_lists=node_context.peers,
+        requests=DownloadRequests(context.buckets, context.node, stored),
+    )

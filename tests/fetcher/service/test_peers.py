@@ -211,7 +211,7 @@ async def test_I7_a_source_that_never_completes_a_leaf_ends_it(site: Site) -> No
     directory = site["a"].home / "impatient"
     directory.mkdir()
     (directory / "sitecustomize.py").write_text(
-        "import shoal_fetcher.swarm.swarm as s\ns.NO_PROGRESS_TIMEOUT_S = 1.0\n"
+        "import shoal_fetcher.downloads.state_machine as s\ns.NO_PROGRESS_TIMEOUT_S = 1.0\n"
     )
     usual = site["a"]["fetcher"].environment["PYTHONPATH"]
     # 300 KB of each answer get through: many bytes, and never a leaf.

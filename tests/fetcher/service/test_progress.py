@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 
 import pytest
+from msgspec import structs
 from nats.aio.msg import Msg
 
 from shoal_common.bus.keys import download_key
@@ -16,14 +17,33 @@ from shoal_common.messages import decode
 from shoal_common.messages.downloads import DownloadPhase, DownloadState
 from shoal_fetcher import progress as progress_module
 from shoal_fetcher.progress import Progress
+from shoal_fetcher.sources.source_changes import SourceChange
 from tests.harness.fresh import Fresh
 from tests.harness.nats import Joined, NatsServer, joined
 from tests.harness.waiting import eventually
 
 
+class Deaf:
+    """A listener that is interested in nothing."""
+
+    def on_waiting(self, reason: str) -> None:
+        """Ignore it."""
+
+    def on_no_progress(self, path: str, stalled_s: float, reason: str) -> None:
+        """Ignore it."""
+
+    async def on_source_change(self, change: SourceChange) -> None:
+        """Ignore it."""
+
+
 def begun(here: Joined, node: str) -> Progress:
     """The progress of a new download."""
-    return Progress(here.buckets.state, DownloadState(node=node, model="org/name", phase="queued"))
+    return Progress(here.buckets.state, DownloadState(node=node, model="org/name", phase="queued"), Deaf())
+
+
+def decide(progress: Progress, **changes: object) -> None:
+    """Change what is published, as the state machine does."""
+    progress.set_state(structs.replace(progress.state, **changes))
 
 
 async def published_state(bucket: Bucket, node: str) -> DownloadState | None:
@@ -33,11 +53,13 @@ async def published_state(bucket: Bucket, node: str) -> DownloadState | None:
 async def test_what_is_so_already_is_not_written_again(nats: NatsServer, fresh: Fresh) -> None:
     async with joined(nats) as here:
         progress = begun(here, fresh("node"))
-        await progress.publish_state(phase="queued")  # so already, and not said yet
-        await progress.publish_state(waiting_for="origin b")
+        await progress.publish_changes()  # so already, and not published yet
+        decide(progress, waiting_for="origin b")
+        await progress.publish_changes()
         before = await here.last_sequence("KV_state")
         for _ in range(5):
-            await progress.publish_state(waiting_for="origin b")
+            decide(progress, waiting_for="origin b")
+            await progress.publish_changes()
         assert await here.last_sequence("KV_state") == before
 
 
@@ -76,7 +98,7 @@ async def test_idle_progress_is_silent_and_a_stalled_one_has_no_rate(
     monkeypatch.setattr(progress_module, "PUBLISH_INTERVAL_S", 0.05)
     async with joined(nats) as here:
         progress = begun(here, node := fresh("node"))
-        await progress.publish_state(phase="fetching")
+        decide(progress, phase="fetching")
         publishing = asyncio.create_task(progress.publish_forever())
         progress.record_received("hub", 1 << 20)
 
@@ -111,7 +133,8 @@ async def test_many_small_files_cost_one_write_a_second_and_a_phase(nats: NatsSe
         publishing = asyncio.create_task(progress.publish_forever())
         phases: list[DownloadPhase] = ["queued", "reserving", "fetching"]
         for phase in phases:
-            await progress.publish_state(phase=phase, total_bytes=1 << 40)
+            decide(progress, phase=phase, total_bytes=1 << 40)
+            await progress.publish_changes()
 
         async def publish_file(number: int) -> None:
             published.append(number)
@@ -121,12 +144,13 @@ async def test_many_small_files_cost_one_write_a_second_and_a_phase(nats: NatsSe
             progress.record_received(("hub", "b")[files_count % 2], 1 << 20)
             progress.set_durable_bytes("a" * 64, files_count)
             progress.set_blob_complete(f"{files_count:064x}", f"{files_count:064x}", 1 << 20)
-            await progress.publish_state(waiting_for=("origin b", "")[files_count % 2])
+            decide(progress, waiting_for=("origin b", "")[files_count % 2])
             then = AsyncExitStack()
             then.push_async_callback(publish_file, files_count)
             progress.after_publish(then)
             await asyncio.sleep(0.002)
-        await progress.publish_state(phase="verifying")
+        decide(progress, phase="verifying")
+        await progress.publish_changes()
         publishing.cancel()
         await here.client.flush()
         elapsed_s = time.monotonic() - begun_s

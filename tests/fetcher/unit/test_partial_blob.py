@@ -6,6 +6,8 @@ import asyncio
 import os
 import random
 import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -20,6 +22,7 @@ from shoal_common.store.store_paths import StorePaths
 from shoal_fetcher.errors import ReservationLost
 from shoal_fetcher.partials import partial_blob
 from shoal_fetcher.partials.bitmap_file import read_bitmap
+from shoal_fetcher.partials.blocking import LeafWorkers
 from shoal_fetcher.partials.leaf_splitter import LeafSplitter
 from shoal_fetcher.partials.partial_blob import PartialBlob
 
@@ -42,9 +45,12 @@ def reserved(root: Path) -> Path:
     return directory
 
 
-def opened(directory: Path, size_bytes: int) -> PartialBlob:
+@asynccontextmanager
+async def opened(directory: Path, size_bytes: int) -> AsyncIterator[PartialBlob]:
     """Open it for writing."""
-    return PartialBlob(StorePaths(directory.parent.parent), BLOB, size_bytes)
+    layout = StorePaths(directory.parent.parent)
+    async with LeafWorkers() as workers, PartialBlob(layout, workers, BLOB, size_bytes) as partial:
+        yield partial
 
 
 def missing_runs(partial: PartialBlob) -> list[tuple[int, int]]:

@@ -14,10 +14,8 @@ from shoal_common.errors import (
     Denied,
     Expired,
     HubUnavailable,
-    InternalError,
     NodeDown,
     NotFound,
-    QuotaExceeded,
     Refused,
     ShoalError,
     Unavailable,
@@ -33,7 +31,6 @@ from shoal_fetcher.sources.failure_policy import (
     UNKNOWN_SOURCE,
     BlobHolder,
     SourceHealth,
-    end_phase,
 )
 from shoal_fetcher.sources.source_selection import (
     FetchFromHub,
@@ -223,11 +220,6 @@ def test_sealing_adds_the_learned_hashes_and_nothing_else(known: dict[str, str])
     ]
     assert [f.sha256 for f in after.files] == [known.get(f.blob, f.sha256) for f in MANIFEST.files]
     assert (after.repo, after.commit) == (MANIFEST.repo, MANIFEST.commit)
-
-
-def test_a_full_disk_rejects_and_everything_else_fails() -> None:
-    assert end_phase(QuotaExceeded("full")) == "rejected"
-    assert {end_phase(e("x")) for e in (InternalError, NotFound, Denied, Corrupt, HubUnavailable)} == {"failed"}
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,8 @@ from shoal_common import telemetry
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages.manifest import Manifest, ManifestFile
 from shoal_common.messages.storage import CommittedBlob
-from shoal_common.store.store_paths import StorePaths
 from shoal_fetcher.downloads import whole_blob
 from shoal_fetcher.errors import BlobHashMismatch, LeafReadbackMismatch
-from shoal_fetcher.partials.partial_blob import PartialBlob
 from shoal_fetcher.progress import Progress
 from shoal_fetcher.sources.failure_policy import HUB, SourceHealth
 from shoal_fetcher.sources.source_selection import FetchFromHub, choose_source, is_relayed
@@ -43,8 +41,8 @@ class _Arrival(msgspec.Struct):
 class BlobFetcher:
     """Fetches blobs for all downloads of this node; each blob once at a time."""
 
-    def __init__(self, node_context: NodeFetchContext, layout: StorePaths, storage: StorageClient) -> None:
-        self._node_context, self._layout, self._storage = node_context, layout, storage
+    def __init__(self, node_context: NodeFetchContext, storage: StorageClient) -> None:
+        self._node_context, self._storage = node_context, storage
         self._slots = asyncio.Semaphore(MAX_CONCURRENT_BLOBS)
         self._arriving: dict[str, _Arrival] = {}
 
@@ -98,7 +96,7 @@ class BlobFetcher:
                     async with self._slot(progress):
                         return await self._fetch_from_swarm(manifest, file, health, progress, wanted)
                 return await whole_blob.fetch(
-                    self._node_context, self._layout, manifest, file, health, progress, self._commit, self._slot
+                    self._node_context, manifest, file, health, progress, self._commit, self._slot
                 )
             except LeafReadbackMismatch as e:
                 lost_count += 1
@@ -124,10 +122,10 @@ class BlobFetcher:
     async def _fetch_from_swarm(
         self, manifest: Manifest, file: ManifestFile, health: SourceHealth, progress: Progress, wanted: int | None
     ) -> CommittedBlob | None:
-        await progress.publish_state(waiting_for="")
+        progress.set_waiting_for("")
         began_s = time.monotonic()
         async with AsyncExitStack() as stack:
-            partial = PartialBlob(self._layout, file.blob, file.size_bytes)
+            partial = self._node_context.partial_blob(file)
             try:
                 async with partial:
                     progress.pause_stall_timer(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
+
+from msgspec import structs
 
 from shoal_common.errors import DISK_FULL, Corrupt, DiskFull, ShoalError
 from shoal_common.logs import StructuredLogger
@@ -17,30 +19,20 @@ from shoal_common.store import leaf_set
 from shoal_common.store.blob_lookup import find_blob
 from shoal_common.store.leaf_hash import hash_leaf_list, leaf_list_size
 from shoal_common.store.leaf_set import from_bitmap
-from shoal_common.store.store_paths import StorePaths
 from shoal_fetcher.cluster_view import ClusterView
-from shoal_fetcher.errors import BlobHashMismatch, ReservationLost
+from shoal_fetcher.downloads.events import Fetched, Reserved
+from shoal_fetcher.downloads.model_fetch import DownloadContext, FileFetcher, LeafListReader, WantedFiles
+from shoal_fetcher.errors import ReservationLost
 from shoal_fetcher.partials.bitmap_file import read_bitmap
 from shoal_fetcher.progress import Progress
 from shoal_fetcher.sources.leaf_selection import CONFIG, first_leaves, header_leaves, stage_leaves, weight_files
-from shoal_fetcher.storage_client import StorageClient
 
 log = StructuredLogger("parts")
 
-_MAX_ATTEMPTS = 3
-"""The fetch fails after this many times that leaves did not match the sealed list."""
-
-FetchLeaves = Callable[[list[tuple[ManifestFile, int | None]]], Awaitable[None]]
-"""Makes these files, or the given leaves of them, present."""
+_ROUNDS = 3
+"""The first leaves, the headers, the tensors."""
 LeafLists = Mapping[str, bytes]
 """Leaf hashes by blob, from a list whose digest is sealed."""
-
-
-class LeafListReader(Protocol):
-    """Reads leaf lists from nodes."""
-
-    async def leaf_list(self, node: str, blob: str, start: int, size_bytes: int) -> bytes:
-        """Return bytes of a blob's leaf list as a node sends it. Raises ShoalError."""
 
 
 async def sealed_lists(manifest: Manifest, cluster_view: ClusterView, lists: LeafListReader) -> LeafLists | None:
@@ -76,65 +68,61 @@ async def _sealed_list(
 
 
 class ShardFetch:
-    """Fetches one shard: some layers of one model."""
+    """Fetches some layers of one model, in three rounds: each names the leaves that the next one needs."""
 
     def __init__(
         self,
         manifest: Manifest,
         layers: list[list[int]],
         lists: LeafLists,
-        layout: StorePaths,
-        storage: StorageClient,
+        context: DownloadContext,
         progress: Progress,
-        fetch: FetchLeaves,
+        files: FileFetcher,
     ) -> None:
         self._manifest, self._layers, self._lists = manifest, layers, lists
-        self._layout, self._storage, self._progress, self._fetch = layout, storage, progress, fetch
+        self._context, self._progress, self._files = context, progress, files
+        self._rounds = 0
+        self._leaves: dict[str, int] = {}
+        self._wanted: WantedFiles = []
 
-    async def run(self) -> bool:
-        """Make the shard present. Returns False if the whole model is. Raises what storage and sources raise."""
-        manifest, files = self._manifest, weight_files(self._manifest)
-        for attempt in range(1, _MAX_ATTEMPTS + 1):
-            leaves = first_leaves(manifest)
-            if await self._fetch_leaves(leaves):
-                return False
-            for file in files:
+    async def reserve(self, again: bool) -> Reserved:
+        """Reserve the leaves of this round, of unnamed blobs all."""
+        if again:
+            self._rounds = 0
+        await self._add_leaves()
+        reserved = await self._context.storage.reserve(self._manifest, self._leaves)
+        if set(reserved.present) >= self._manifest.blob_sizes.keys():
+            return Reserved(is_whole_model=True)
+        self._wanted = await self._missing(reserved, self._leaves)
+        return Reserved()
+
+    async def _add_leaves(self) -> None:
+        weights = weight_files(self._manifest)
+        if self._rounds == 0:
+            self._leaves = first_leaves(self._manifest)
+        elif self._rounds == 1:
+            for file in weights:
                 end = await asyncio.to_thread(self._header_end, file)
-                leaves[file.blob] |= header_leaves(end, file)
-            await self._fetch_leaves(leaves)
-            leaves |= await asyncio.to_thread(self._stage_leaves, files)
-            await self._fetch_leaves(leaves)
-            await self._progress.publish_state(phase="verifying", waiting_for="storage")
-            leaf_list_digests = {file.blob: file.leaf_list_digest for file in files}
-            try:
-                await self._storage.seal_shard(manifest, self._layers, leaves, leaf_list_digests)
-            except BlobHashMismatch as e:
-                if attempt == _MAX_ATTEMPTS:
-                    raise
-                log.warning("corrupt leaves, fetching their blob again", reason=e.message)
-                continue
-            return True
-        raise AssertionError("the last attempt returns or raises")
+                self._leaves[file.blob] |= header_leaves(end, file)
+        else:
+            self._leaves |= await asyncio.to_thread(self._stage_leaves, weights)
 
-    async def _fetch_leaves(self, leaves: Mapping[str, int]) -> bool:
-        """Reserve and fetch these leaves, of unnamed blobs all. Returns whether the whole model is present."""
-        await self._progress.publish_state(phase="reserving", waiting_for="storage")
-        reserved = await self._storage.reserve(self._manifest, leaves)
-        present = set(reserved.present)
-        if present >= self._manifest.blob_sizes.keys():
-            return True
-        missing = await self._missing(reserved, leaves)
-        await self._progress.publish_state(phase="fetching", waiting_for="")
-        await self._fetch(missing)
-        return False
+    async def fetch(self) -> Fetched:
+        """Fetch the leaves of this round."""
+        await self._files.fetch(self._wanted)
+        self._rounds += 1
+        return Fetched(has_more=self._rounds < _ROUNDS)
 
-    async def _missing(
-        self, reserved: ReserveResult, leaves: Mapping[str, int]
-    ) -> list[tuple[ManifestFile, int | None]]:
+    async def seal(self) -> None:
+        """Have storage verify the leaves and keep them. Raises BlobHashMismatch if some are corrupt."""
+        digests = {file.blob: file.leaf_list_digest for file in weight_files(self._manifest)}
+        await self._context.storage.seal_shard(self._manifest, self._layers, self._leaves, digests)
+
+    async def _missing(self, reserved: ReserveResult, leaves: Mapping[str, int]) -> WantedFiles:
         """Return what to fetch. Counts what is present, and writes the leaf lists beside the partial blobs."""
         progress, present, total_bytes = self._progress, set(reserved.present), 0
         progress.reset_counts()
-        missing: list[tuple[ManifestFile, int | None]] = []
+        missing: WantedFiles = []
         for blob, file in {f.blob: f for f in self._manifest.files}.items():
             wanted = leaves.get(blob)
             needed = leaf_set.all_leaves(file.size_bytes) if wanted is None else wanted
@@ -144,15 +132,15 @@ class ShardFetch:
                 continue
             if not needed and file.size_bytes:
                 continue
-            directory = self._layout.partial(blob)
+            directory = self._context.layout.partial(blob)
             if blob in self._lists:
-                await asyncio.to_thread(_write_small, self._layout.partial_leaves(blob), self._lists[blob])
+                await asyncio.to_thread(_write_small, self._context.layout.partial_leaves(blob), self._lists[blob])
             bitmap = await asyncio.to_thread(read_bitmap, directory, file.size_bytes)
             durable = from_bitmap(bitmap.to_bytes())
             progress.set_durable_bytes(blob, leaf_set.byte_count(durable, file.size_bytes))
             if wanted is None or needed & ~durable:
                 missing.append((file, wanted))
-        progress.set_total_bytes(total_bytes)
+        progress.set_state(structs.replace(progress.state, total_bytes=total_bytes))
         return missing
 
     def _header_end(self, file: ManifestFile) -> int:
@@ -182,11 +170,11 @@ class ShardFetch:
     def _open(self, file: ManifestFile) -> BinaryIO:
         """Open a file that is complete or partial."""
         try:
-            return find_blob(self._layout, file.blob).open("rb")
+            return find_blob(self._context.layout, file.blob).open("rb")
         except FileNotFoundError:
             pass
         try:
-            return (self._layout.partial(file.blob) / "data").open("rb")
+            return (self._context.layout.partial(file.blob) / "data").open("rb")
         except FileNotFoundError:
             raise ReservationLost(f"the reservation of blob {file.blob[:16]}… is gone") from None
 

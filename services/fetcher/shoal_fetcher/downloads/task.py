@@ -1,328 +1,334 @@
-"""One download, from `queued` to its end: resolve, reserve, fetch every missing blob, seal."""
+"""Runs one download: does what its state machine decides, and feeds it what becomes of that.
+
+Commands wait in a queue and are handled one after another, each to its end, whatever becomes of who sent it.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextvars
+from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
-from msgspec import structs
+import msgspec
+from opentelemetry.trace import Span
 
 from shoal_common import telemetry
 from shoal_common.bus import cluster_clock
-from shoal_common.bus.events import EventEmitter
 from shoal_common.bus.keys import download_key
-from shoal_common.bus.kv_bucket import Buckets
-from shoal_common.errors import Cancelled, DiskFull, HubUnavailable, InternalError, Paused, ShoalError
+from shoal_common.concurrency.cancellation import cancel_and_wait
+from shoal_common.errors import Busy, Cancelled, InternalError, ShoalError, from_body
 from shoal_common.logs import StructuredLogger
-from shoal_common.messages.downloads import ENDED_PHASES, DownloadPhase, DownloadState
-from shoal_common.messages.manifest import Manifest, ManifestFile
-from shoal_common.messages.storage import GetManifest
-from shoal_common.names import ModelRef, is_commit
-from shoal_common.rpc.request_reply import RpcClient
-from shoal_common.store.store_paths import StorePaths
-from shoal_fetcher.cluster_view import ClusterView
-from shoal_fetcher.downloads.blob_fetcher import BlobFetcher
-from shoal_fetcher.downloads.disk_full_wait import DiskFullWait
-from shoal_fetcher.downloads.request_store import DownloadRequests
-from shoal_fetcher.downloads.shard_fetch import LeafListReader, ShardFetch, sealed_lists
-from shoal_fetcher.errors import RateLimited, ReservationLost
-from shoal_fetcher.hub.client import HubClient
-from shoal_fetcher.partials.bitmap_file import resumable_bytes
+from shoal_common.messages.downloads import DownloadState
+from shoal_common.names import ModelRef
+from shoal_fetcher.downloads import events as ev
+from shoal_fetcher.downloads.model_fetch import DownloadContext
+from shoal_fetcher.downloads.state_machine import Download, handle, new_state, with_decisions
+from shoal_fetcher.downloads.steps import DownloadSteps, as_shoal_error
 from shoal_fetcher.progress import Progress
-from shoal_fetcher.sources.failure_policy import RETRY_BACKOFF, end_phase
 from shoal_fetcher.sources.source_changes import SourceChange
-from shoal_fetcher.sources.source_selection import with_known_sha256
-from shoal_fetcher.storage_client import StorageClient
 
 log = StructuredLogger("download")
 
-_MAX_RESOLVE_ATTEMPTS = 4
-_MAX_RESERVE_ATTEMPTS = 3
-_MAX_CONCURRENT_FILES = 32
-"""Files of one download that are fetched or wait for a source at a time."""
+_STOP_DEADLINE_S = 60.0
+"""Work that is stopped makes durable what has arrived."""
+MAX_QUEUED_COMMANDS = 512
+"""For one model: as many as the service handles at a time."""
+
+
+class CommandReply(msgspec.Struct, frozen=True):
+    """What became of a command."""
+
+    text: str
+    was: str
+    """The phase that was published before it; `unknown` if none."""
+    result: asyncio.Future[DownloadState]
+    """Resolves when the download has ended; raises why it failed, was paused or was cancelled."""
+
+
+class _Command(msgspec.Struct):
+    event: ev.DownloadEvent
+    reply: asyncio.Future[CommandReply]
+    trace: contextvars.Context
+    """Where the command's span is the current one."""
+    was: str = ""
 
 
 class DownloadTask:
-    """One model being downloaded to this node. `run` it as a task; `ended` resolves with the result."""
+    """One model being downloaded to this node, from its first command to its end. `run` it as a task.
+
+    `found`: what is known of it; None: read the state from NATS. It has no request then.
+    """
 
     def __init__(
         self,
         ref: ModelRef,
-        node: str,
-        layout: StorePaths,
-        buckets: Buckets,
-        rpc: RpcClient,
-        events: EventEmitter,
-        storage: StorageClient,
-        hub: HubClient,
-        cluster_view: ClusterView,
-        blobs: BlobFetcher,
-        requests: DownloadRequests,
-        leaf_lists: LeafListReader,
-        layers: list[list[int]],
-        previous_state: DownloadState | None,
-        result: asyncio.Future[DownloadState] | None,
-        is_needed_elsewhere: Callable[[DownloadTask], bool],
+        context: DownloadContext,
+        found: ev.Found | None,
+        is_needed_elsewhere: Callable[[str], bool],
+        on_end: Callable[[], None],
     ) -> None:
-        self.ref, self._node, self._layout = ref, node, layout
-        self._buckets, self._rpc, self._events, self._storage, self._hub = buckets, rpc, events, storage, hub
-        self._cluster_view, self._blobs, self._requests, self._leaf_lists = cluster_view, blobs, requests, leaf_lists
-        self.layers = layers
-        """The layers whose tensors it fetches; empty: the whole model."""
-        self._wanted_elsewhere = is_needed_elsewhere
-        self._key = download_key(node, str(ref))
-        self._reserved_commit = previous_state.commit if previous_state else ""
-        """Commit for which storage may hold a reservation of this download, from this process or an earlier one."""
-        self._previous_blobs = previous_state.blobs if previous_state else []
-        self._resumed_published = self._has_started = False
-        self._ending = False
-        now_s = round(cluster_clock.now_s(), 3)
-        state = previous_state or DownloadState(node=node, model=str(ref), phase="queued", started_at_s=now_s)
-        if state.phase in ENDED_PHASES:
-            state = structs.replace(state, sources={}, source_switches={}, started_at_s=now_s, blocked_since_s=0.0)
-        # After a restart the download continues. What an ended download left on the disk counts as well, until
-        # storage says what is present: a hub that is down must not discard what has arrived.
-        self.progress = Progress(
-            buckets.state,
-            structs.replace(state, phase="queued", resumed_bytes=0, layers=layers),
-            self._emit_source_change,
-        )
-        self._disk_full_wait = DiskFullWait(self.progress, storage, cluster_view, layout)
-        self.result = result or asyncio.get_running_loop().create_future()
-        self.result.add_done_callback(lambda f: f.cancelled() or f.exception())
+        self.ref, self._name, self._context, self._found = ref, str(ref), context, found
+        self._is_needed_elsewhere, self._on_end = is_needed_elsewhere, on_end
+        self.started = asyncio.Event()
+        """Set once it does what it was found to have to do."""
+        self._state = Download(node=context.node, model=self._name)
+        self._commands: deque[_Command] = deque()
+        self._command: _Command | None = None
+        self._wakeup = asyncio.Event()
+        self._work: asyncio.Task[ev.DownloadEvent] | None = None
+        self._publishing: asyncio.Task[None] | None = None
+        self._trace, self._trace_context = ExitStack(), contextvars.copy_context()
+        self._span: Span | None = None
+        self._result = _new_result()
+        self._set_up(None)
+
+    def _set_up(self, state: DownloadState | None) -> None:
+        shown = state or new_state(self._context.node, self._name, cluster_clock.now_s())
+        self._progress = Progress(self._context.buckets.state, shown, self, is_published=state is not None)
+        self._steps = self._new_steps()
+
+    def _new_steps(self) -> DownloadSteps:
+        return DownloadSteps(self.ref, self._state.layers, self._context, self._progress, self._is_needed_elsewhere)
 
     @property
     def commit(self) -> str:
         """The commit being fetched; "" until it is known."""
-        return self._reserved_commit
+        return self._progress.state.commit
+
+    async def send(self, command: ev.DownloadEvent) -> CommandReply:
+        """Have a command handled. Returns what became of it; raises what refused it. A caller may give up waiting."""
+        if len(self._commands) >= MAX_QUEUED_COMMANDS:
+            raise Busy(f"{MAX_QUEUED_COMMANDS} commands for {self._name} are waiting; try again later")
+        reply: asyncio.Future[CommandReply] = asyncio.get_running_loop().create_future()
+        self._commands.append(_Command(command, reply, contextvars.copy_context()))
+        self._wakeup.set()
+        return await reply
 
     async def run(self) -> None:
-        """Download the model. On return `ended` is set, the state is published and the request deleted."""
-        publishing = asyncio.create_task(self.progress.publish_forever())
+        """Run the download until there is nothing to do and no command waits."""
         try:
-            with telemetry.trace_step("transfer", model=str(self.ref)), telemetry.count_running_download():
-                await self._download()
-            self._ending = True
-            await self._end("ready", None)
-        except Exception as e:  # noqa: BLE001  # callers must get a result, and one failed download must not end the others
-            self._ending = True
-            error = _as_shoal_error(e, self.ref)
-            log.warning("download failed", model=str(self.ref), reason=error.message, code=error.code)
-            if not self.progress.done_bytes:
-                with suppress(ShoalError):
-                    await self._release()
-            await self._end(end_phase(error), error)
-            await self._emit_failure(error)
+            found = await self._find()
+            if found is None:
+                return
+            self._set_up(found.state)
+            await self._handle(found)
+            self.started.set()
+            while (event := self._next_event()) is not None or not self._is_over:
+                if event is not None:
+                    await self._handle(event)
+                    self._command = None
+                else:
+                    self._wakeup.clear()
+                    await self._wakeup.wait()
         finally:
-            publishing.cancel()
-            await self.progress.close()
+            self._on_end()
+            await self._stop_work()
+            await self._stop_publishing()
 
-    async def stop(self, running: asyncio.Task[None]) -> bool:
-        """Stop, and keep the bytes and the reservation. Returns False if the download ended by itself."""
-        if not self._ending:  # do not interrupt an end that has begun
-            running.cancel()
-        await asyncio.wait({running})
-        return not self.result.done()
-
-    async def publish_paused(self, error: Paused) -> None:
-        """Publish that a person paused it, and raise `error` to the callers that wait for it."""
-        if not self.result.done():
-            self.result.set_exception(error)
-        await self.progress.publish_state(phase="paused", error=None, waiting_for="", blocked_since_s=0.0)
-
-    async def cancel(self, running: asyncio.Task[None]) -> None:
-        """Stop, delete the request and release the reservation. Idempotent.
-
-        Raises if storage is down: the state then stays, so that the next attempt, or the next start, continues here.
-        """
-        await self.stop(running)
-        error = Cancelled(f"the download of {self.ref} was cancelled")
-        if not self.result.done():
-            self.result.set_exception(error)
-        await self._requests.end(str(self.ref), error)
-        await self._release()
-        await self._buckets.state.delete(self._key)
-
-    async def _end(self, phase: DownloadPhase, error: ShoalError | None) -> None:
-        body = error.body() if error else None
-        await self.progress.publish_state(phase=phase, error=body, waiting_for="", blocked_since_s=0.0)
-        # The request is done. If it were kept, a model lost later would be downloaded again unasked.
-        await self._requests.end(str(self.ref), error or self.progress.state)
-        if not self.result.done():
-            if error is None:
-                self.result.set_result(self.progress.state)
-            else:
-                self.result.set_exception(error)
-
-    async def _emit_started(self, manifest: Manifest, files: list[ManifestFile], size_bytes: int | None) -> None:
-        """Emit `download_started`, once, with the source that the largest missing file is to come from."""
-        if self._has_started or not files:
-            return
-        self._has_started = True
-        largest = max(files, key=lambda file: file.size_bytes)
-        fields: dict[str, object] = {} if size_bytes is None else {"size_bytes": size_bytes}
-        if source := self._blobs.expected_source(manifest, largest):
-            fields["source"] = source
-        await self._events.emit("download_started", model=str(self.ref), **fields)
-
-    async def _emit_failure(self, error: ShoalError) -> None:
-        if end_phase(error) == "rejected":
-            figures = {
-                name: value for name, value in error.details.items() if name.endswith("_bytes") and value is not None
-            }
-            await self._events.emit("download_rejected", model=str(self.ref), message=error.message, **figures)
-        else:
-            await self._events.emit("download_failed", model=str(self.ref), code=error.code, message=error.message)
-
-    async def _emit_source_change(self, change: SourceChange) -> None:
-        fields = {"from": change.before, "to": change.now}
-        await self._events.emit("download_source_changed", model=str(self.ref), file=change.path, **fields)
-
-    async def _release(self) -> None:
-        """Release the reservation, unless another download of this node needs the same commit."""
-        if not self._reserved_commit or self._wanted_elsewhere(self):
-            return
-        blobs = {*self._previous_blobs, *self.progress.state.blobs}
+    async def _find(self) -> ev.Found | None:
+        if self._found is not None:
+            return self._found
         try:
-            await self._storage.release(self.ref.repo, self._reserved_commit, blobs)
+            return ev.Found(None, await self._context.buckets.state.get_as(self._key, DownloadState))
         except ShoalError as e:
-            log.warning("could not release a reservation", model=str(self.ref), reason=e.message)
-            raise
+            # NATS is down, and nothing of the download runs.
+            for command in self._commands:
+                _refuse(command, e)
+            return None
 
-    async def _download(self) -> None:
-        await self.progress.publish_state(phase="queued", error=None, waiting_for="")
-        manifest = await self._resolve()
-        if self._reserved_commit not in ("", manifest.commit):
-            log.info("revision moved to another commit", model=str(self.ref), commit=manifest.commit)
-            await self._release()
-        self._reserved_commit = manifest.commit
-        lost_count, durable_bytes = 0, 0
-        while True:
-            try:
-                return await self._reserve_and_fetch(manifest)
-            except ReservationLost as e:
-                # It expired, storage was restarted, or files were removed by hand: ask again what is present.
-                lost_count = 1 if self.progress.done_bytes > durable_bytes else lost_count + 1
-                durable_bytes = max(durable_bytes, self.progress.done_bytes)
-                if lost_count == _MAX_RESERVE_ATTEMPTS:
-                    raise
-                log.warning("reservation lost, reserving again", model=str(self.ref), reason=e.message)
-            except DiskFull as e:
-                await self._disk_full_wait.wait_for_space(manifest.model, e)
+    @property
+    def _key(self) -> str:
+        return download_key(self._context.node, self._name)
 
-    async def _resolve(self) -> Manifest:
-        """Return the manifest: from this node (even if incomplete), another that has the model, or the hub."""
-        for attempt in range(1, _MAX_RESOLVE_ATTEMPTS + 1):
-            manifest = await self._own_manifest() or await self._peer_manifest()
-            if manifest is not None:
-                return manifest
-            try:
-                return await self._hub.resolve(self.ref)
-            except HubUnavailable as e:
-                if attempt == _MAX_RESOLVE_ATTEMPTS or self._hub.offline:
-                    raise
-                await self.progress.publish_state(waiting_for=e.message)
-                await asyncio.sleep(e.retry_after_s if isinstance(e, RateLimited) else RETRY_BACKOFF.delay_s(attempt))
-        raise AssertionError("the last attempt returns or raises")
+    @property
+    def _is_over(self) -> bool:
+        return self._state.doing is None and self._state.phase != "paused"
 
-    async def _peer_manifest(self) -> Manifest | None:
-        for node, model in self._cluster_view.nodes_holding(self.ref):
-            try:
-                manifest = await self._rpc("storage", node, "manifest", GetManifest(model=model), Manifest)
-            except ShoalError as e:
-                log.info("a node did not return its manifest", peer=node, reason=e.message)
-                continue
-            if manifest.model == model and manifest.sealed:
-                return structs.replace(manifest, revisions=[self.ref.revision])
-            log.warning("a node returned the wrong manifest", peer=node, model=model)
+    def _next_event(self) -> ev.DownloadEvent | None:
+        """Return what has happened: the end of the work first, so that a command finds what is."""
+        if self._work is not None and self._work.done():
+            work, self._work = self._work, None
+            if work.cancelled():  # not by us: what it waited for was cancelled
+                error = InternalError(f"the download of {self._name} was interrupted; pull again to resume")
+                return ev.WorkFailed(error, self._progress.done_bytes)
+            return work.result()
+        if self._commands:
+            self._command = self._commands.popleft()
+            self._command.was = "unknown" if self._state.phase == "none" else self._progress.state.phase
+            return self._command.event
         return None
 
-    async def _own_manifest(self) -> Manifest | None:
-        """Return this node's manifest of a commit, also of an incomplete model: repair needs no other node."""
-        if not is_commit(self.ref.revision):
-            return None  # only others know which commit a branch names now
-        request = GetManifest(model=str(self.ref), include_incomplete=True)
+    def _decide(self, event: ev.DownloadEvent) -> tuple[ev.Action, ...]:
+        before, transition = self._state, handle(self._state, event, cluster_clock.now_s())
+        self._state = transition.state
+        if self._state.phase == "blocked" != before.phase:
+            log.warning("disk full, download blocked", model=self._name, reason=self._state.waiting_for)
+        self._progress.set_state(with_decisions(self._progress.state, self._state))
+        return tuple(transition.actions)
+
+    async def _handle(self, event: ev.DownloadEvent) -> None:
+        for action in self._decide(event):
+            match action:
+                case ev.Record():
+                    await self._handle(await self._store(action))
+                case ev.Work():
+                    self._start_work(action)
+                case ev.StopWork():
+                    await self._stop_work()
+                case ev.Begin(forget_sources):
+                    self._begin(forget_sources)
+                case ev.Publish():
+                    await self._publish()
+                case ev.EmitPaused():
+                    log.info("download paused", model=self._name)
+                    await self._context.events.emit("download_paused", model=self._name)
+                case ev.Answer(text) if self._command is not None and not self._command.reply.done():
+                    self._command.reply.set_result(CommandReply(text, self._command.was, self._result))
+                case ev.Refuse(error) if self._command is not None:
+                    _refuse(self._command, error)
+
+    # What only the sources know
+
+    def on_waiting(self, reason: str) -> None:
+        """Publish what a source is waited for, with the next second's update."""
+        self._decide(ev.SourceWaiting(reason))
+
+    def on_no_progress(self, path: str, stalled_s: float, reason: str) -> None:
+        """Raise Unavailable if the download must not wait longer."""
+        for action in self._decide(ev.ProgressStalled(path, stalled_s, reason)):
+            if isinstance(action, ev.FailWork):
+                raise action.error
+
+    async def on_source_change(self, change: SourceChange) -> None:
+        """Emit that another source serves a file."""
+        fields = {"from": change.before, "to": change.now}
+        await self._context.events.emit("download_source_changed", model=self._name, file=change.path, **fields)
+
+    # Work
+
+    def _begin(self, forget_sources: bool) -> None:
+        log.info("download begins", model=self._name)
+        if self._result.done():
+            self._result = _new_result()
+        self._progress.begin_attempt(forget_sources)
+        self._steps = self._new_steps()
+        self._trace_context = self._command.trace if self._command else contextvars.copy_context()
+        step = telemetry.trace_step("transfer", model=self._name)
+        self._span = self._trace_context.run(self._trace.enter_context, step)
+        self._trace.enter_context(telemetry.count_running_download())
+
+    def _start_work(self, work: ev.Work) -> None:
+        self._work = asyncio.create_task(self._steps.run(work), context=self._trace_context)
+        self._work.add_done_callback(lambda _: self._wakeup.set())
+
+    async def _stop_work(self) -> None:
+        """Stop what runs of an attempt. What it had to clean up after the next publish is cleaned up now."""
+        if self._work is not None:
+            await cancel_and_wait(self._work, deadline_s=_STOP_DEADLINE_S)
+            self._work = None
+        self._trace_context.run(self._trace.close)
+        with suppress(ShoalError):
+            await self._progress.close()
+
+    async def _publish(self) -> None:
+        if self._publishing is None:
+            self._publishing = asyncio.create_task(self._progress.publish_forever())
         try:
-            manifest = await self._rpc("storage", self._node, "manifest", request, Manifest)
+            await self._progress.publish_changes()
         except ShoalError as e:
-            log.debug("no manifest on this node", model=str(self.ref), reason=e.message)
-            return None
-        return manifest if manifest.commit == self.ref.revision else None
+            log.warning("state not published, trying again", model=self._name, reason=e.message)
 
-    async def _reserve_and_fetch(self, manifest: Manifest) -> None:
-        if self.layers and await self._fetch_shard(manifest):
-            return
-        await self.progress.publish_state(
-            phase="reserving",
-            commit=manifest.commit,
-            total_bytes=manifest.size_bytes,
-            waiting_for="storage",
-            error=None,
-            layers=self.layers,
-        )
-        reserved = await self._storage.reserve(manifest)
-        known = dict(reserved.sha256_by_git_name)
-        present = set(reserved.present)
-        missing: list[ManifestFile] = []
-        self.progress.reset_counts()
-        for blob, file in {f.blob: f for f in manifest.files}.items():
-            sha256 = known.get(blob, blob)
-            if sha256 in present:
-                self.progress.set_blob_complete(blob, sha256, file.size_bytes)
-            else:
-                durable_bytes = await asyncio.to_thread(resumable_bytes, self._layout, blob, file.size_bytes)
-                self.progress.set_durable_bytes(blob, durable_bytes)
-                missing.append(file)
-        changes = {} if self._resumed_published else {"resumed_bytes": self.progress.done_bytes}
-        self._resumed_published = True
-        await self.progress.publish_state(phase="fetching", waiting_for="", **changes)
-        await self._emit_started(manifest, missing, manifest.size_bytes)
-        await self._fetch_all(manifest, [(file, None) for file in missing], known)
-        await self.progress.publish_state(phase="verifying", waiting_for="storage")
-        await self._storage.seal(with_known_sha256(manifest, known))
+    async def _stop_publishing(self) -> None:
+        if self._publishing is not None:
+            await cancel_and_wait(self._publishing)
+            self._publishing = None
 
-    async def _fetch_shard(self, manifest: Manifest) -> bool:
-        """Fetch the leaves that the layers need. Returns False if no leaf lists are available or the whole model is
-        present: then all of it is fetched.
-        """
-        lists = await sealed_lists(manifest, self._cluster_view, self._leaf_lists)
-        if lists is not None:
-            await self.progress.publish_state(commit=manifest.commit, error=None)
+    # Records
 
-            async def fetch(files: list[tuple[ManifestFile, int | None]]) -> None:
-                await self._emit_started(manifest, [file for file, _ in files], None)
-                await self._fetch_all(manifest, files, {})
-
-            shard = ShardFetch(manifest, self.layers, lists, self._layout, self._storage, self.progress, fetch)
-            if await shard.run():
-                return True
-        self.layers = []
-        return False
-
-    async def _fetch_all(
-        self, manifest: Manifest, files: list[tuple[ManifestFile, int | None]], known: dict[str, str]
-    ) -> None:
-        slots = asyncio.Semaphore(_MAX_CONCURRENT_FILES)
-
-        async def fetch(file: ManifestFile, wanted: int | None) -> None:
-            async with slots:
-                sha256 = await self._blobs.fetch(manifest, file, self.progress, wanted)
-            if sha256 != file.blob:
-                known[file.blob] = sha256
-
+    async def _store(self, record: ev.Record) -> ev.DownloadEvent:
         try:
-            async with asyncio.TaskGroup() as tasks:
-                # Largest first: the last file to finish is then a small one.
-                for file, wanted in sorted(files, key=lambda pair: -pair[0].size_bytes):
-                    tasks.create_task(fetch(file, wanted))
-        except ExceptionGroup as failures:
-            raise failures.exceptions[0] from None  # the first failure has cancelled the others
+            return await self._change(record)
+        except Exception as e:  # noqa: BLE001  # who sent the command must get an answer
+            error = as_shoal_error(e, self.ref)
+            log.warning("not stored", model=self._name, what=type(record).__name__, reason=error.message)
+            return ev.NotStored(error)
+
+    async def _change(self, record: ev.Record) -> ev.DownloadEvent:
+        requests, name = self._context.requests, self._name
+        match record:
+            case ev.StoreRequest(command, layers):
+                return ev.RequestStored((await requests.request(name, command, layers)).layers)
+            case ev.StorePause(error):
+                await requests.pause(name, error)
+                self._end_waiting(error)
+                return ev.PauseStored()
+            case ev.StoreResume():
+                return ev.ResumeStored((await requests.resume(name)).layers)
+            case ev.RemoveRequest():
+                cancelled = Cancelled(f"the download of {name} was cancelled")
+                await requests.end(name, cancelled)
+                self._end_waiting(cancelled)
+                return ev.RequestRemoved()
+            case ev.Discard():
+                await self._discard()
+                return ev.Discarded()
+            case ev.StoreAgain():
+                await requests.republish(name)
+                await self._progress.publish()
+                return ev.StoredAgain()
+        assert isinstance(record, ev.StoreEnd)
+        await self._store_end(record.release)
+        return ev.EndStored()
+
+    async def _store_end(self, release: bool) -> None:
+        state = self._progress.state
+        if release:
+            with suppress(ShoalError):
+                await self._steps.release()
+        await self._progress.publish_changes()
+        error = from_body(state.error) if state.error else None
+        # The request is done. If it were kept, a model lost later would be downloaded again unasked.
+        await self._context.requests.end(self._name, error or self._progress.state)
+        self._end_waiting(error)
+        if error is not None and self._span is not None:
+            telemetry.mark_failed(self._span, error.message)
+        await self._stop_work()
+        await self._stop_publishing()
+        if error is None:
+            return
+        log.warning("download failed", model=self._name, reason=error.message, code=error.code)
+        if state.phase == "rejected":
+            figures = {name: n for name, n in error.details.items() if name.endswith("_bytes") and n is not None}
+            await self._context.events.emit("download_rejected", model=self._name, message=error.message, **figures)
+        else:
+            fields = {"code": error.code, "message": error.message}
+            await self._context.events.emit("download_failed", model=self._name, **fields)
+
+    async def _discard(self) -> None:
+        """Raises if storage is down: the state then stays, so that the next attempt, or the next start, continues."""
+        await self._stop_publishing()
+        await self._steps.release()
+        await self._context.buckets.state.delete(self._key)
+        self._set_up(None)
+        log.info("download cancelled", model=self._name)
+
+    def _end_waiting(self, error: ShoalError | None) -> None:
+        if self._result.done():
+            return
+        if error is None:
+            self._result.set_result(self._progress.state)
+        else:
+            self._result.set_exception(error)
 
 
-def _as_shoal_error(error: Exception, ref: ModelRef) -> ShoalError:
-    """Return an error as a ShoalError; unexpected ones are logged with their traceback."""
-    if isinstance(error, ShoalError):
-        return error
-    log.error("download failed unexpectedly", exc=error, model=str(ref))
-    return InternalError(f"the download of {ref} failed: {type(error).__name__}: {error}; see the fetcher's log")
+def _new_result() -> asyncio.Future[DownloadState]:
+    result: asyncio.Future[DownloadState] = asyncio.get_running_loop().create_future()
+    result.add_done_callback(lambda f: f.cancelled() or f.exception())
+    return result
+
+
+def _refuse(command: _Command, error: ShoalError) -> None:
+    if not command.reply.done():
+        command.reply.set_exception(error)

@@ -15,16 +15,13 @@ from shoal_common.errors import ShoalError, Unavailable
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages.manifest import Manifest, ManifestFile
 from shoal_common.messages.storage import CommittedBlob
-from shoal_common.store.store_paths import StorePaths
 from shoal_fetcher.errors import BlobHashMismatch, RateLimited
 from shoal_fetcher.hub.range_reader import Body, was_timeout
-from shoal_fetcher.partials.partial_blob import PartialBlob
 from shoal_fetcher.progress import Progress
 from shoal_fetcher.sources.failure_policy import HUB, UNKNOWN_SOURCE, SourceHealth
 from shoal_fetcher.sources.source_selection import FetchFromHub, FetchFromPeer, WaitForOrigin, choose_source
 from shoal_fetcher.swarm.context import NodeFetchContext
 from shoal_fetcher.swarm.origin import HubReader, hub_reader, node_reader, read_missing
-from shoal_fetcher.swarm.swarm import NO_PROGRESS_TIMEOUT_S
 
 log = StructuredLogger("small")
 
@@ -36,7 +33,6 @@ Turn = Callable[[Progress], AbstractAsyncContextManager[None]]
 
 async def fetch(
     node_context: NodeFetchContext,
-    layout: StorePaths,
     manifest: Manifest,
     file: ManifestFile,
     health: SourceHealth,
@@ -47,18 +43,14 @@ async def fetch(
     """Make a small blob present. Raises BlobHashMismatch, and errors that no other source can help."""
     cluster_view = node_context.cluster_view
     while True:
-        if progress.stalled_s > NO_PROGRESS_TIMEOUT_S:
-            reason = health.last_error.message if health.last_error else progress.state.waiting_for
-            raise Unavailable(
-                f"no progress on {file.path} for {NO_PROGRESS_TIMEOUT_S:.0f} s ({reason}); pull again to resume"
-            )
+        progress.check_stalled(file.path, health.last_error)
         version = cluster_view.version()
         holders = cluster_view.holders(file.blob, manifest)
         choice = choose_source(
             file.blob, holders, cluster_view.origin_of(file.blob), node_context.node, health, node_context.read_counts
         )
         if isinstance(choice, WaitForOrigin):
-            await progress.publish_state(waiting_for=f"origin {choice.node}")
+            progress.set_waiting_for(f"origin {choice.node}")
             # A stuck origin loses its lease after its own deadline: ours does not run meanwhile.
             progress.mark_progress()
             await cluster_view.wait_changed(version, _POLL_INTERVAL_S)
@@ -69,7 +61,7 @@ async def fetch(
         peer = choice.node if isinstance(choice, FetchFromPeer) else None
         try:
             async with turn(progress):
-                await progress.publish_state(waiting_for="")
+                progress.set_waiting_for("")
                 if isinstance(choice, FetchFromPeer):
                     reader = node_reader(
                         node_context.peers,
@@ -80,11 +72,11 @@ async def fetch(
                     )
                     node_context.read_counts[choice.node] += 1
                     try:
-                        await _read(choice.node, layout, file, reader, health, progress)
+                        await _read(choice.node, node_context, file, reader, health, progress)
                     finally:
                         node_context.read_counts[choice.node] -= 1
                     return await commit(file, progress)
-                committed = await _as_origin(node_context, layout, manifest, file, health, progress, commit)
+                committed = await _as_origin(node_context, manifest, file, health, progress, commit)
             if committed is not None:
                 return committed
             await cluster_view.wait_changed(version, _POLL_INTERVAL_S)
@@ -96,7 +88,7 @@ async def fetch(
                 progress.record_switch(peer or HUB)
             delay_s = health.record_failure(e, peer, has_peer=bool(health.not_banned(holders)))
             log.warning("source failed", path=file.path, source=peer or HUB, reason=e.message, wait_s=delay_s)
-            await progress.publish_state(waiting_for=e.message)
+            progress.set_waiting_for(e.message)
             await asyncio.sleep(delay_s)
             if isinstance(e, RateLimited):
                 progress.mark_progress()
@@ -104,7 +96,6 @@ async def fetch(
 
 async def _as_origin(
     node_context: NodeFetchContext,
-    layout: StorePaths,
     manifest: Manifest,
     file: ManifestFile,
     health: SourceHealth,
@@ -126,7 +117,7 @@ async def _as_origin(
             return node_context.hub.read(manifest, file, start, end)
 
         reader = hub_reader(read, progress.limiter_for(node_context.rate_limits.hub))
-        await _while_held(lease, file, _read(HUB, layout, file, reader, health, progress))
+        await _while_held(lease, file, _read(HUB, node_context, file, reader, health, progress))
         committed = await commit(file, progress)
         # The lease is released only after that: the next holder checks `state` first.
         progress.after_publish(stack.pop_all())
@@ -149,9 +140,14 @@ async def _while_held(lease: ClusterLease, file: ManifestFile, work: Awaitable[N
 
 
 async def _read(
-    source: str, layout: StorePaths, file: ManifestFile, reader: HubReader, health: SourceHealth, progress: Progress
+    source: str,
+    node_context: NodeFetchContext,
+    file: ManifestFile,
+    reader: HubReader,
+    health: SourceHealth,
+    progress: Progress,
 ) -> None:
-    partial = PartialBlob(layout, file.blob, file.size_bytes)
+    partial = node_context.partial_blob(file)
     try:
         async with partial:
             if partial.written and not health.trusted_sources:

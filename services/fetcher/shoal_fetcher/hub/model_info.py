@@ -15,7 +15,7 @@ from shoal_common.concurrency.single_flight import SingleFlight
 from shoal_common.errors import Corrupt, Expired, Unsupported
 from shoal_common.host.rate_limiter import RateLimiter
 from shoal_common.messages.manifest import Manifest, ManifestFile
-from shoal_common.messages.model_shape import ModelShape, ModelSize
+from shoal_common.messages.model_shape import GetModelShape, ModelShape, ModelSize
 from shoal_common.models.model_shape import parse_model_shape
 from shoal_common.models.safetensors_header import PREFIX_BYTES, Tensor, header_end, parse_tensors
 from shoal_common.names import ModelRef
@@ -36,6 +36,10 @@ class ModelShapes:
         self._hub, self._limiter = hub, limiter
         self._shapes: OrderedDict[str, ModelShape] = OrderedDict()
         self._single_flight = SingleFlight[ModelShape]()
+
+    async def shape(self, request: GetModelShape) -> ModelSize:
+        """Return the size of each layer of a model that may be on no node."""
+        return await self.size_of(ModelRef.parse(request.model))
 
     async def size_of(self, ref: ModelRef) -> ModelSize:
         """Return the size of a model's layers. Raises Unsupported, Corrupt, Expired, and what listing it raises."""

@@ -26,7 +26,7 @@ from shoal_fetcher.partials.bitmap_file import (
     read_bitmap,
     relayable_leaves,
 )
-from shoal_fetcher.partials.blocking import run_blocking, run_in_default_executor
+from shoal_fetcher.partials.blocking import LeafWorkers, run_in_default_executor
 from shoal_fetcher.partials.disk_writes import map_disk_full, write_all_at
 
 log = StructuredLogger("partial")
@@ -42,8 +42,8 @@ class PartialBlob:
     Sets of leaves are ints (`leaf_set.py`). Raises DiskFull if the disk is full; durable leaves stay durable.
     """
 
-    def __init__(self, layout: StorePaths, blob: str, size_bytes: int) -> None:
-        self._layout, self._blob, self.size_bytes = layout, blob, size_bytes
+    def __init__(self, layout: StorePaths, workers: LeafWorkers, blob: str, size_bytes: int) -> None:
+        self._layout, self._workers, self._blob, self.size_bytes = layout, workers, blob, size_bytes
         self._directory = layout.partial(blob)
         self.leaf_count = leaf_count(size_bytes)
         self.all_leaves = leaf_set.all_leaves(size_bytes)
@@ -234,7 +234,7 @@ class PartialBlob:
             assert trust_hash, f"the hash of leaf {leaf} is unknown"
             self._trusting |= 1 << leaf
         try:
-            return await run_blocking(self._verify_and_write, leaf, data, expected)
+            return await self._workers.run(self._verify_and_write, leaf, data, expected)
         finally:
             self._trusting &= ~(1 << leaf)
 
@@ -272,7 +272,7 @@ class PartialBlob:
         added = 0
         while unlisted := self.written & ~self.with_known_hash:
             batch = first_leaves(unlisted, _CHECK_LEAVES)
-            await run_blocking(self._list_leaves, batch)
+            await self._workers.run(self._list_leaves, batch)
             added |= batch & self.with_known_hash
         return added
 
@@ -302,7 +302,7 @@ class PartialBlob:
         remaining = leaves & self.with_known_hash
         while remaining:
             batch = first_leaves(remaining, _CHECK_LEAVES)
-            mismatching |= await run_blocking(self._mismatching, batch, rewrite)
+            mismatching |= await self._workers.run(self._mismatching, batch, rewrite)
             remaining &= ~batch
         await self._discard(mismatching)
 

@@ -15,11 +15,9 @@ from shoal_common.errors import (
     Expired,
     NodeDown,
     NotFound,
-    QuotaExceeded,
     Refused,
     ShoalError,
 )
-from shoal_common.messages.downloads import DownloadPhase
 from shoal_fetcher.errors import BlobHashMismatch, RateLimited, ReservationLost
 
 HUB = "hub"
@@ -31,11 +29,6 @@ class BlobHolder(msgspec.Struct, frozen=True):
 
     node: str
     sha256: str
-
-
-def end_phase(error: ShoalError) -> DownloadPhase:
-    """Return the phase of a download that ends with this error: `rejected` if over quota, else `failed`."""
-    return "rejected" if isinstance(error, QuotaExceeded) else "failed"
 
 
 MAX_PEER_FAILURES = 5
@@ -140,9 +133,3 @@ class SourceHealth(msgspec.Struct):
 
 RETRY_BACKOFF = Backoff(0.25, 8.0)
 """After failures in a row of a source."""
-FUTILE_ATTEMPT_BACKOFF = Backoff(1.0, 60.0)
-"""After attempts in a row that made nothing durable although storage reports space, as under a file system quota."""
-SPACE_CHECK_BACKOFF = Backoff(5.0, 60.0)
-"""Until storage is asked again for free space, if nothing changes before."""
-MAX_BLOCKED_S = 24 * 3600.0
-"""A download fails after a full disk has blocked it for this long (I7)."""

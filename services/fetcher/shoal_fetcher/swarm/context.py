@@ -10,8 +10,10 @@ import msgspec
 from shoal_common.bus.connection import Nats
 from shoal_common.bus.kv_bucket import Buckets
 from shoal_common.messages.manifest import Manifest, ManifestFile
+from shoal_common.store.store_paths import StorePaths
 from shoal_fetcher.cluster_view import ClusterView
 from shoal_fetcher.hub.client import HubClient
+from shoal_fetcher.partials.blocking import LeafWorkers
 from shoal_fetcher.partials.partial_blob import PartialBlob
 from shoal_fetcher.progress import Progress
 from shoal_fetcher.rate_limits import RateLimits
@@ -30,8 +32,14 @@ class NodeFetchContext(msgspec.Struct):
     hub: HubClient
     rate_limits: RateLimits
     peers: FileserverClient
-    read_counts: Counter[str]
+    layout: StorePaths
+    workers: LeafWorkers
+    read_counts: Counter[str] = msgspec.field(default_factory=Counter)
     """How many blobs are being read whole from a node, by node."""
+
+    def partial_blob(self, file: ManifestFile) -> PartialBlob:
+        """Return the partial blob of a file, not yet open."""
+        return PartialBlob(self.layout, self.workers, file.blob, file.size_bytes)
 
 
 class BlobFetchContext(msgspec.Struct):

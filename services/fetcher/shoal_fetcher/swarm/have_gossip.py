@@ -16,7 +16,6 @@ from nats.aio.subscription import Subscription
 from nats.errors import Error as NatsError
 
 from shoal_common.bus import subjects
-from shoal_common.bus.connection import Nats
 from shoal_common.errors import BadMessage
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages import decode, encode
@@ -24,7 +23,7 @@ from shoal_common.messages.swarm import HaveMessage
 from shoal_common.store.bitmap import LEAF_BYTES, leaf_count
 from shoal_common.store.leaf_hash import HASH_BYTES
 from shoal_common.store.leaf_set import enclosing_range, from_bitmap, leaf_range, to_bitmap
-from shoal_fetcher.partials.partial_blob import PartialBlob
+from shoal_fetcher.swarm.context import BlobFetchContext
 from shoal_fetcher.swarm.scheduler import running_average
 
 log = StructuredLogger("have_gossip")
@@ -55,20 +54,12 @@ class PeerHave(msgspec.Struct):
 class HaveGossip:
     """Publishes this node's leaves and collects the others'. Leaving `async with` publishes that this node leaves."""
 
-    def __init__(
-        self,
-        nats: Nats,
-        node: str,
-        uid: str,
-        blob: str,
-        partial: PartialBlob,
-        wanted: int,
-        changed: Callable[[], None],
-        on_message: Callable[[HaveMessage], None],
-    ) -> None:
-        self._nats, self._node, self._uid, self._blob = nats, node, uid, blob
-        self._partial, self._changed, self._on_message = partial, changed, on_message
-        self._wanted = b"" if wanted == partial.all_leaves else to_bitmap(wanted, partial.leaf_count)
+    def __init__(self, fetch: BlobFetchContext, on_message: Callable[[HaveMessage], None]) -> None:
+        self._nats, self._node, self._uid = fetch.node_context.nats, fetch.node_context.node, fetch.node_context.uid
+        self._blob, self._partial, self._changed = fetch.blob, fetch.partial, fetch.notify
+        self._on_message = on_message
+        is_all = fetch.wanted == fetch.partial.all_leaves
+        self._wanted = b"" if is_all else to_bitmap(fetch.wanted, fetch.partial.leaf_count)
         self.by_node: dict[str, PeerHave] = {}
         """Other nodes' last messages, by node."""
         self.origin = False

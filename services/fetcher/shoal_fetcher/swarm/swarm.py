@@ -34,8 +34,6 @@ from shoal_fetcher.swarm.scheduler import (
 
 log = StructuredLogger("swarm")
 
-NO_PROGRESS_TIMEOUT_S = 120.0
-"""A download without progress for this long fails, naming what it waited for (I7)."""
 _RUN_DEADLINE_S = 120.0
 _WAITING_AFTER_S = 1.0
 """After this long without a leaf, the download publishes what it waits for."""
@@ -80,17 +78,7 @@ class Swarm:
         self._moved_at_s = self._loop.time()
         self._durable_bytes = -1
         fetch.notify = fetch.partial.on_change = self.notify
-        node_context = self._node_context
-        self._gossip = HaveGossip(
-            node_context.nats,
-            node_context.node,
-            node_context.uid,
-            fetch.blob,
-            fetch.partial,
-            fetch.wanted,
-            self.notify,
-            self._on_have,
-        )
+        self._gossip = HaveGossip(fetch, self._on_have)
         self._lists = LeafListSync(fetch, self._gossip)
         self._origin = Origin(fetch, self._gossip, self._lists, self._available_elsewhere)
 
@@ -163,12 +151,7 @@ class Swarm:
             progress.mark_progress()
         if self._origin.is_rate_limited(self._loop.time()):
             progress.mark_progress()
-        if progress.stalled_s > NO_PROGRESS_TIMEOUT_S:
-            last = self._health.last_error
-            reason = last.message if last else progress.state.waiting_for
-            raise Unavailable(
-                f"no progress on {fetch.file.path} for {NO_PROGRESS_TIMEOUT_S:.0f} s ({reason}); pull again to resume"
-            )
+        progress.check_stalled(fetch.file.path, self._health.last_error)
         if self._loop.time() - self._moved_at_s > _WAITING_AFTER_S and origin not in (None, self._node_context.node):
             progress.set_waiting_for(f"origin {origin}")
 

@@ -1,0 +1,165 @@
+"""The work of one attempt of a download. Each piece of work ends as one event."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from msgspec import structs
+
+from shoal_common.errors import InternalError, ShoalError
+from shoal_common.logs import StructuredLogger
+from shoal_common.messages.manifest import Manifest
+from shoal_common.messages.storage import GetManifest
+from shoal_common.names import ModelRef, is_commit
+from shoal_fetcher.downloads import events as ev
+from shoal_fetcher.downloads.model_fetch import DownloadContext, FetchPlan, FileFetcher, ModelFetch
+from shoal_fetcher.downloads.shard_fetch import ShardFetch, sealed_lists
+from shoal_fetcher.downloads.space_check import find_shortage
+from shoal_fetcher.progress import Progress
+
+log = StructuredLogger("download")
+
+_MIN_CHECK_INTERVAL_S = 1.0
+"""Between two requests to storage for space, however often the disk changes."""
+
+
+class DownloadSteps:
+    """Resolves, reserves, fetches and seals one model, as it is told to."""
+
+    def __init__(
+        self,
+        ref: ModelRef,
+        layers: list[list[int]],
+        context: DownloadContext,
+        progress: Progress,
+        is_needed_elsewhere: Callable[[str], bool],
+    ) -> None:
+        self._ref, self._layers, self._context, self._progress = ref, layers, context, progress
+        self._is_needed_elsewhere = is_needed_elsewhere
+        self._earlier_blobs = set(progress.state.blobs)
+        self._manifest: Manifest | None = None
+        self._files: FileFetcher | None = None
+        self._plan: FetchPlan | None = None
+        self._disk: tuple[object, ...] = ()
+
+    async def run(self, work: ev.Work) -> ev.DownloadEvent:
+        """Do the work. Raises nothing but CancelledError: a failure is an event."""
+        try:
+            return await self._run(work)
+        except Exception as e:  # noqa: BLE001  # one failed download must not end the others
+            error = as_shoal_error(e, self._ref)
+            log.warning(
+                f"{type(work).__name__.lower()} failed", model=str(self._ref), reason=error.message, code=error.code
+            )
+            return ev.WorkFailed(error, self._progress.done_bytes, may_retry=not self._context.hub.offline)
+
+    async def _run(self, work: ev.Work) -> ev.DownloadEvent:
+        match work:
+            case ev.Wait(seconds):
+                await asyncio.sleep(seconds)
+                return ev.WaitOver()
+            case ev.Resolve():
+                return await self._resolve()
+            case ev.AskForSpace():
+                return await self._check_space(work)
+        assert self._plan is not None, "it is resolved first"
+        match work:
+            case ev.ReserveSpace(again):
+                return await self._reserve(self._plan, again)
+            case ev.Fetch():
+                self._progress.mark_progress()
+                return await self._plan.fetch()
+        assert isinstance(work, ev.Seal)
+        await self._plan.seal()
+        return ev.Sealed()
+
+    async def release(self) -> None:
+        """Release the reservation, unless another download of this node needs the same commit. Raises ShoalError."""
+        commit = self._progress.state.commit
+        if not commit or self._is_needed_elsewhere(commit):
+            return
+        try:
+            blobs = {*self._earlier_blobs, *self._progress.state.blobs}
+            await self._context.storage.release(self._ref.repo, commit, blobs)
+        except ShoalError as e:
+            log.warning("could not release a reservation", model=str(self._ref), reason=e.message)
+            raise
+
+    async def _resolve(self) -> ev.DownloadEvent:
+        """Get the manifest: from this node (even if incomplete), another that has the model, or the hub."""
+        manifest = await self._own_manifest() or await self._peer_manifest()
+        if manifest is None:
+            manifest = await self._context.hub.resolve(self._ref)
+        if self._progress.state.commit not in ("", manifest.commit):
+            log.info("revision moved to another commit", model=str(self._ref), commit=manifest.commit)
+            await self.release()
+        self._progress.set_state(structs.replace(self._progress.state, commit=manifest.commit))
+        files = FileFetcher(str(self._ref), manifest, self._context, self._progress)
+        self._manifest, self._files = manifest, files
+        lists = None
+        if self._layers:
+            lists = await sealed_lists(manifest, self._context.cluster_view, self._context.leaf_lists)
+        if lists is None:
+            self._plan = ModelFetch(manifest, self._context, self._progress, files)
+            return ev.Resolved([])
+        self._plan = ShardFetch(manifest, self._layers, lists, self._context, self._progress, files)
+        return ev.Resolved(self._layers)
+
+    async def _peer_manifest(self) -> Manifest | None:
+        for node, model in self._context.cluster_view.nodes_holding(self._ref):
+            try:
+                manifest = await self._context.rpc("storage", node, "manifest", GetManifest(model=model), Manifest)
+            except ShoalError as e:
+                log.info("a node did not return its manifest", peer=node, reason=e.message)
+                continue
+            if manifest.model == model and manifest.sealed:
+                return structs.replace(manifest, revisions=[self._ref.revision])
+            log.warning("a node returned the wrong manifest", peer=node, model=model)
+        return None
+
+    async def _own_manifest(self) -> Manifest | None:
+        """Return this node's manifest of a commit, also of an incomplete model: repair needs no other node."""
+        if not is_commit(self._ref.revision):
+            return None  # only others know which commit a branch names now
+        request = GetManifest(model=str(self._ref), include_incomplete=True)
+        try:
+            manifest = await self._context.rpc("storage", self._context.node, "manifest", request, Manifest)
+        except ShoalError as e:
+            log.debug("no manifest on this node", model=str(self._ref), reason=e.message)
+            return None
+        return manifest if manifest.commit == self._ref.revision else None
+
+    async def _reserve(self, plan: FetchPlan, again: bool) -> ev.DownloadEvent:
+        reserved = await plan.reserve(again)
+        if reserved.is_whole_model:
+            assert self._manifest is not None and self._files is not None
+            self._plan = ModelFetch(self._manifest, self._context, self._progress, self._files)
+        return reserved
+
+    async def _check_space(self, check: ev.AskForSpace) -> ev.DownloadEvent:
+        assert self._manifest is not None, "only a download that is resolved has met a full disk"
+        cluster_view = self._context.cluster_view
+        if check.after_s:
+            await asyncio.sleep(_MIN_CHECK_INTERVAL_S)
+            await cluster_view.wait_disk_changed(self._disk, check.after_s)
+        self._disk = cluster_view.disk_status()
+        storage, layout, model = self._context.storage, self._context.layout, self._manifest.model
+        try:
+            shortage = await find_shortage(storage, layout, model, check.blob)
+        except ShoalError as e:
+            log.warning("storage did not report its free space", model=model, reason=e.message)
+            return ev.SpaceShort(None)
+        if shortage is not None:
+            return ev.SpaceShort(shortage)
+        log.info("free space again, download resumes", model=model)
+        self._progress.mark_progress()
+        return ev.SpaceFree()
+
+
+def as_shoal_error(error: Exception, ref: ModelRef) -> ShoalError:
+    """Return an error as a ShoalError; unexpected ones are logged with their traceback."""
+    if isinstance(error, ShoalError):
+        return error
+    log.error("download failed unexpectedly", exc=error, model=str(ref))
+    return InternalError(f"the download of {ref} failed: {type(error).__name__}: {error}; see the fetcher's log")
