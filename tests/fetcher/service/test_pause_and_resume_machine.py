@@ -262,6 +262,7 @@ def make_machine(site: Site) -> type[RuleBasedStateMachine]:
                     continue
                 state: DownloadState = await self.here.pull_ok(node, self.model)
                 assert state.phase == "ready"
+                person.word = "nothing"  # also after a pause: the pull has ended it
                 await self._answered(node)
                 await self.here.assert_complete(node, self.files, self.model)
             for node in self.people:
