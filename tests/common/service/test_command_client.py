@@ -162,7 +162,7 @@ async def test_a_command_stored_after_its_sender_gave_up_is_not_run(own_nats: Na
     ):
         bench.gate.set()
         os.kill(own_nats.pid, signal.SIGSTOP)
-        os.waitpid(own_nats.pid, os.WUNTRACED)  # it stops a moment after the signal is sent
+        await asyncio.to_thread(os.waitpid, own_nats.pid, os.WUNTRACED)  # it stops a moment after the signal is sent
         try:
             outcome = await send(here, "node-a", "id-1", deadline_s=0.5)
         finally:

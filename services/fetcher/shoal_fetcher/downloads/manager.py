@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Iterable
 from contextlib import suppress
 
-from shoal_common.bus.connection import ReconnectCounter
+from shoal_common.concurrency.notifier import Notifier
 from shoal_common.errors import ShoalError
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages import downloads
@@ -42,7 +42,7 @@ class DownloadManager:
         for download in requested:
             await download.started.wait()
 
-    async def republish_after_wipes(self, store_wipes: ReconnectCounter) -> None:
+    async def republish_after_wipes(self, store_wipes: Notifier) -> None:
         """Republish requests and download states each time NATS has lost its store."""
         handled = 0
         while True:
