@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import PurePath
 
-from shoal_common.store.store_paths import StorePaths
 from shoal_storage.files.volume_paths import VolumePaths
 from tests.storage.crash_child_model import COMES, LEAVES, STAYS
 from tests.storage.store_fixtures import Model
@@ -135,12 +134,9 @@ class Paths(VolumePaths):
             self.add_volume(self._at, PurePath(root, "volume"))  # type: ignore[arg-type]  # the same
             self.versions.append(self.volume(self._at).version)
 
-    def _volume_of(self, blob: str) -> StorePaths:
-        return self.volume(self._at)
-
-    def blob(self, sha256: str) -> PurePath:  # type: ignore[override]  # the same
-        """The file of a blob."""
-        return self.blob_on(self._at, sha256)
+    def volume_of(self, blob: str) -> str:
+        """The one place of all blobs."""
+        return self._at
 
 
 def violations(root: str, events: list[Call | tuple[str, str]], has_volume: bool = False) -> Iterator[str]:
