@@ -5,8 +5,6 @@
 Written durably once the small files are blobs, and each needed leaf of the other files is durable in its partial blob
 and was hashed against a leaf list with a sealed digest. So its contents are verified, like a manifest's (I1, I2). The
 partial blobs stay, reserved for those leaves; the model's reservation lasts as long as the shard.
-
-Shards are changed only within the section.
 """
 
 from __future__ import annotations
@@ -30,11 +28,13 @@ from shoal_common.store.leaf_hash import HASH_BYTES, hash_leaf_list, leaf_hash, 
 from shoal_common.store.store_paths import StorePaths
 from shoal_storage.admission.admission import requested_leaves
 from shoal_storage.admission.manifest_check import check_manifest
+from shoal_storage.context import StorageContext
 from shoal_storage.files.atomic_file import fsync_path, make_directory, replace_file
-from shoal_storage.files.metadata_files import MetadataFiles, iter_model_files
+from shoal_storage.files.metadata_files import iter_model_files
 from shoal_storage.ledger.entries import PartialBlobInfo, Shard
 from shoal_storage.ledger.ledger import Ledger
-from shoal_storage.publisher import StatePublisher, shard_state
+from shoal_storage.publisher import shard_state
+from shoal_storage.section import Held
 from shoal_storage.store.partials import delete_partial, durable_leaves, refresh_partial, write_partial
 from shoal_storage.store.store import Store
 
@@ -150,11 +150,9 @@ def verify_leaves(layout: StorePaths, blob: str, size_bytes: int, leaves: int, l
 class ShardService:
     """Keeps a ledger's `shards`, their records and their published state in step."""
 
-    def __init__(
-        self, store: Store, ledger: Ledger, section: asyncio.Lock, metadata: MetadataFiles, publisher: StatePublisher
-    ) -> None:
-        self._store, self._ledger, self._section = store, ledger, section
-        self._metadata, self._publisher = metadata, publisher
+    def __init__(self, context: StorageContext) -> None:
+        self._context, self._store, self._ledger = context, context.store, context.ledger
+        self._metadata = context.metadata
 
     async def seal(self, request: SealShard) -> ShardState:
         """Check what was fetched for some layers, record it as a shard and publish it."""
@@ -163,7 +161,8 @@ class ShardService:
         if not manifest.sealed:
             raise BadInput(f"the manifest of {manifest.model} is not sealed: some files have no sha256")
         layers = union(check_layers(run) for run in request.layers)
-        async with self._section:
+        async with self._context.section as held:
+            held.require()
             before = self._ledger.shards.get(manifest.model)
             names = sorted({*manifest.revisions, *(before.manifest.revisions if before else [])})
             manifest = msgspec.structs.replace(manifest, revisions=names)
@@ -181,11 +180,11 @@ class ShardService:
             except FileNotFoundError:
                 raise NotFound(f"the partial blob {blob[:16]}… is gone; reserve it again") from None
             except Corrupt:
-                async with self._section:
+                async with self._context.section as held:
                     if self._ledger.arrivals.is_same_arrival(blob, partial):
-                        await self.discard_corrupt_partial(blob)
+                        await self.discard_corrupt_partial(held, blob)
                 raise
-        async with self._section:
+        async with self._context.section as held:
             still_partial = await asyncio.to_thread(_require_leaves, shard, self._ledger, self._store)
             if not still_partial.keys() <= partials.keys() or not all(
                 self._ledger.arrivals.is_same_arrival(blob, partials[blob]) for blob in still_partial
@@ -202,15 +201,15 @@ class ShardService:
             if not any(
                 manifest.model in p.models - p.leaves_by_model.keys() for p in self._ledger.arrivals.partials.values()
             ):
-                await self.finish_shard(manifest.model)  # otherwise another download fetches all of it
+                await self.finish_shard(held, manifest.model)  # otherwise another download fetches all of it
             await asyncio.to_thread(self._metadata.record_arrival, manifest.model)
-            await self._publisher.publish_shard(shard)
-        await self._publisher.publish_storage()
+        await self._context.publishing.publish(manifest.model)
         log.info("shard ready", model=manifest.model, layers=str(shard.layers), size_bytes=shard.size_bytes)
-        return shard_state(self._publisher.node, shard)
+        return shard_state(self._context.node, shard)
 
-    async def finish_shard(self, model: str) -> None:
+    async def finish_shard(self, held: Held, model: str) -> None:
         """Reduce a model's reservation to the shard that is here: no more of the model will arrive."""
+        held.require()
         shard = self._ledger.shards[model]
         for blob, partial in list(self._ledger.arrivals.partials.items()):
             needed_leaves = shard.leaves.get(blob, 0)
@@ -223,35 +222,34 @@ class ShardService:
             if self._ledger.arrivals.partials[blob].leaves_by_model:
                 await asyncio.to_thread(refresh_partial, self._store, blob, self._ledger)
 
-    async def require_complete(self, shard: Shard) -> None:
+    async def require_complete(self, held: Held, shard: Shard) -> None:
         """Check that a shard is complete. If leaves were deleted, drop it and raise NotFound."""
         try:
             await asyncio.to_thread(_require_leaves, shard, self._ledger, self._store)
         except NotFound as e:
             log.warning("shard incomplete; dropped", model=shard.manifest.model, reason=e.message)
-            await self.drop(shard.manifest.model)
+            await self.drop(held, shard.manifest.model)
             raise
 
-    async def drop_incomplete(self) -> bool:
-        """Drop every incomplete shard. Returns whether there was one. Within the section."""
-        before = len(self._ledger.shards)
+    async def drop_incomplete(self, held: Held) -> None:
+        """Drop every incomplete shard."""
         for shard in list(self._ledger.shards.values()):
             with suppress(NotFound):
-                await self.require_complete(shard)
-        return len(self._ledger.shards) < before
+                await self.require_complete(held, shard)
 
-    async def drop(self, model: str) -> None:
+    async def drop(self, held: Held, model: str) -> None:
         """Drop a shard: its model is complete, or is deleted. Does nothing if there is none."""
+        held.require()
         if model in self._ledger.shards:
             await asyncio.to_thread(delete, self._store.layout, model)
             self._ledger.drop_shard(model)
-            await self._publisher.unpublish_shard(model)
+            self._context.publishing.notify(model)
 
-    async def discard_corrupt_partial(self, blob: str) -> None:
+    async def discard_corrupt_partial(self, held: Held, blob: str) -> None:
         """Delete a corrupt partial blob, and reserve it again for the same models."""
         for model in [m for m, shard in self._ledger.shards.items() if shard.leaves.get(blob)]:
             log.warning("shard lost leaves to a corrupt partial blob; dropped", model=model, blob=blob)
-            await self.drop(model)
+            await self.drop(held, model)
         partial = self._ledger.arrivals.partials[blob]
         await asyncio.to_thread(delete_partial, self._store, blob)
         await asyncio.to_thread(

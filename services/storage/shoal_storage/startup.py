@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -31,6 +32,7 @@ from shoal_storage.store.partials import PARTIAL_MODE, PartialMeta, delete_parti
 from shoal_storage.store.store import Store
 from shoal_storage.store.tombstones import read_tombstone
 from shoal_storage.store.views import delete_view
+from shoal_storage.store.volume import Volume
 
 log = StructuredLogger("disk")
 
@@ -81,15 +83,26 @@ def recover_store(store: Store, leases: Mapping[str, ModelLease] | None = None) 
     return ledger
 
 
-def attach_volume(store: Store, ledger: Ledger, volume_id: str) -> None:
-    """Read a volume that is present, at start or again: add its contents to the ledger, by stat alone.
+def read_blobs(volume: Volume) -> dict[str, BlobFileStat]:
+    """Return the blobs of a volume before it is attached, by stat alone. Deletes what a crash left of deletions."""
+    paths = volume.layout
+    for unfinished in paths.root.glob(".*.new"):
+        unfinished.unlink(missing_ok=True)
+    for tombstone in paths.tombstones.iterdir():
+        if tombstone.is_dir() and not tombstone.is_symlink():
+            shutil.rmtree(tombstone)
+        else:
+            tombstone.unlink(missing_ok=True)
+    return list_blobs(paths, volume.id)
+
+
+def attach_volume(store: Store, ledger: Ledger, volume_id: str, blobs: Mapping[str, BlobFileStat]) -> None:
+    """Add the contents of a volume that is present, at start or again, to the ledger; `blobs` as `read_blobs` has it.
 
     Blobs that the ledger has elsewhere stay there. What a crash left on the volume is finished or deleted.
     """
     volume_paths = store.layout.volume(volume_id)
-    for unfinished in volume_paths.root.glob(".*.new"):
-        unfinished.unlink(missing_ok=True)
-    for sha256, stamp in list_blobs(volume_paths, volume_id).items():
+    for sha256, stamp in blobs.items():
         if sha256 in ledger.blobs:
             if stamp.is_verified:
                 ledger.add_copy(sha256, volume_id, stamp.size_bytes)
@@ -109,8 +122,6 @@ def attach_volume(store: Store, ledger: Ledger, volume_id: str) -> None:
             link_partial(store, name)
         elif known_volume is None:
             store.layout.blob_volumes.place(name, "")
-    for tombstone in volume_paths.tombstones.iterdir():
-        store.delete(tombstone)
     ledger.add_quarantined(quarantined_on(store, volume_id))
 
 
@@ -167,8 +178,8 @@ def _read_store(store: Store) -> Ledger:
             _add_blob(store, ledger, sha256, stamp)
     for directory in store.layout.partials.iterdir():
         _read_partial(store, directory, ledger)
-    for volume_id in list(store.volumes):
-        attach_volume(store, ledger, volume_id)
+    for volume in list(store.volumes.values()):
+        attach_volume(store, ledger, volume.id, read_blobs(volume))
     for manifest in scanned.manifests.values():
         ledger.add_manifest(manifest)
     ledger.mark_complete()

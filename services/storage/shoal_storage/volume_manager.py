@@ -9,12 +9,11 @@ from shoal_common.errors import BadInput, ShoalError
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages.storage import VolumeState
 from shoal_common.settings.node import StorageSettings
+from shoal_storage.context import StorageContext
 from shoal_storage.files.real_path import resolve_path
 from shoal_storage.integrity.repair import repairable_blobs
-from shoal_storage.ledger.ledger import Ledger
-from shoal_storage.publisher import StatePublisher
 from shoal_storage.scan.reconciler import StoreReconciler
-from shoal_storage.startup import attach_volume, detach_volume
+from shoal_storage.startup import attach_volume, detach_volume, read_blobs
 from shoal_storage.store.store import Store
 from shoal_storage.store.volume import (
     Volume,
@@ -76,33 +75,17 @@ def _open(store: Store, path: str) -> Volume | str:
 class VolumeManager:
     """Keeps attached volumes, the ledger and the published state in step. `errors` are those of `open_volumes`."""
 
-    def __init__(
-        self,
-        store: Store,
-        ledger: Ledger,
-        section: asyncio.Lock,
-        publisher: StatePublisher,
-        reconciler: StoreReconciler,
-        settings: StorageSettings,
-        errors: dict[str, str],
-    ) -> None:
-        self._store, self._ledger, self._section = store, ledger, section
-        self._publisher, self._reconciler = publisher, reconciler
-        self._settings, self._errors = settings, errors
+    def __init__(self, context: StorageContext, reconciler: StoreReconciler, errors: dict[str, str]) -> None:
+        self._context, self._store, self._ledger = context, context.store, context.ledger
+        self._reconciler, self._errors = reconciler, errors
         self._update_lock = asyncio.Lock()
-        publisher.volumes = self.states
-
-    async def use_settings(self, settings: StorageSettings) -> None:
-        """Apply new settings: attach and detach volumes accordingly."""
-        self._settings = settings
-        await self.update()
 
     def reject_unusable(self, settings: StorageSettings) -> None:
         """Raise BadInput, AlreadyRunning or Unsupported for unusable new volumes, before saving them. Blocking."""
         reject_overlap(settings.volumes, settings.libraries, self._store.layout.root)
         others = _in_use(self._store)
         for given_path in settings.volumes:
-            if given_path in self._settings.volumes:
+            if given_path in self._context.settings.volumes:
                 continue
             path = resolve_path(given_path)
             try:
@@ -127,7 +110,8 @@ class VolumeManager:
     async def update(self) -> None:
         """Detach volumes that are missing or no longer configured; attach configured ones that are mounted."""
         async with self._update_lock:
-            configured = {resolve_path(given_path): given_path for given_path in self._settings.volumes}
+            given_paths = self._context.settings.volumes
+            configured = {resolve_path(given_path): given_path for given_path in given_paths}
             changed = False
             for volume_id, volume in list(self._store.volumes.items()):
                 if volume.path not in configured or not await asyncio.to_thread(volume.is_mounted):
@@ -140,17 +124,17 @@ class VolumeManager:
             for path, given_path in configured.items():
                 if path not in attached:
                     changed = await self._attach(given_path) or changed
-            self._errors = {path: error for path, error in self._errors.items() if path in self._settings.volumes}
+            self._errors = {path: error for path, error in self._errors.items() if path in given_paths}
         if changed:
             await self._reconciler.scan()
-            async with self._section:
-                await self._reconciler.publish_state()
+            await self._context.publishing.publish_soon()
 
     async def _detach(self, volume_id: str, path: Path) -> None:
-        async with self._section:
+        async with self._context.section as held:
             incomplete = await asyncio.to_thread(detach_volume, self._store, self._ledger, volume_id)
             log.warning("volume detached; its models are not offered", volume=path)
-            await self._reconciler.publish_model_changes(incomplete, [])
+            changes = await self._reconciler.settle(held, incomplete, [])
+        await self._reconciler.report(changes)
 
     async def _attach(self, given_path: str) -> bool:
         """Attach a volume; return whether its state has changed, a new error included."""
@@ -162,9 +146,11 @@ class VolumeManager:
                 return True
             return False
         self._errors.pop(given_path, None)
-        async with self._section:
+        blobs = await asyncio.to_thread(read_blobs, volume)  # nobody else writes to it yet
+        async with self._context.section as held:
+            held.require()
             self._store.attach_volume(volume)
-            await asyncio.to_thread(attach_volume, self._store, self._ledger, volume.id)
+            await asyncio.to_thread(attach_volume, self._store, self._ledger, volume.id, blobs)
             repairable = await asyncio.to_thread(repairable_blobs, self._store, self._ledger.quarantined)
             self._ledger.set_repairable(repairable)
         log.info("volume attached", volume=volume.path)
@@ -173,7 +159,7 @@ class VolumeManager:
     def states(self) -> list[VolumeState]:
         """Return the published state of all configured volumes. Blocking."""
         attached = {volume.path: volume for volume in list(self._store.volumes.values())}
-        return [self._state(path, attached.get(resolve_path(path))) for path in self._settings.volumes]
+        return [self._state(path, attached.get(resolve_path(path))) for path in self._context.settings.volumes]
 
     def _state(self, given_path: str, volume: Volume | None) -> VolumeState:
         if volume is None:
@@ -196,7 +182,7 @@ class VolumeManager:
             used_bytes=sum(sizes) + shard_bytes + sum(duplicate_sizes),
             blob_count=len(sizes),
             free_bytes=free_bytes,
-            headroom_bytes=self._settings.headroom_bytes,
+            headroom_bytes=self._context.settings.headroom_bytes,
             reserved_bytes=sum(ledger.arrivals.reserved_bytes_of(p) for p in partials.values()) - shard_bytes,
             duplicate_bytes=sum(duplicate_sizes),
         )

@@ -14,17 +14,17 @@ from hypothesis import strategies as st
 from shoal_common.errors import DiskFull, ShoalError
 from shoal_common.messages.envelope import Empty
 from shoal_common.messages.storage import CheckSpace, CollectGarbage, Reserve
-from shoal_common.settings.node import StorageSettings
+from shoal_common.store.disk_full import map_disk_full
 from shoal_common.store.verification_stamp import write_stamp
 from shoal_storage.eviction import executor as room_module
-from shoal_storage.eviction.disk_full import DiskFullHandler, map_disk_full
 from shoal_storage.files.ballast import BallastFile, next_step
 from tests.harness.fresh import Fresh
 from tests.harness.nats import NatsServer
 from tests.harness.tiny_filesystem import fill, fill_more, free_bytes, small_disk
 from tests.harness.waiting import eventually
 from tests.storage.running_storage import on_node
-from tests.storage.service.test_eviction_races import A, B, C, Held, holding, model_of
+from tests.storage.service.test_eviction_races import A, B, C, model_of
+from tests.storage.storage_parts import storage_parts
 from tests.storage.store_fixtures import Model, StoreFixture, check_invariants, put, sha256
 
 DISK_BYTES, FILES = 8 << 20, 64
@@ -191,33 +191,28 @@ def test_a_commit_the_disk_refuses_leaves_a_writable_partial(root: Path, monkeyp
 
 def test_only_a_full_disk_is_called_one() -> None:
     for number in (errno.ENOSPC, errno.EDQUOT):
-        with pytest.raises(DiskFull, match="while storage tried to seal"), map_disk_full("seal"):
+        with pytest.raises(DiskFull, match="while storage tried to seal"), map_disk_full("storage tried to seal"):
             raise OSError(number, os.strerror(number))
-    with pytest.raises(OSError, match="Input/output") as e, map_disk_full("seal"):
+    with pytest.raises(OSError, match="Input/output") as e, map_disk_full("storage tried to seal"):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
     assert not isinstance(e.value, ShoalError)
-
-
-def full_of(held: Held) -> DiskFullHandler:
-    guard = held.guard
-    return DiskFullHandler(guard._context, held.disk, held.ledger, guard.section, guard.evictions, guard._publisher)
 
 
 async def test_ballast_is_released_for_what_storage_must_write(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
-    async with holding(nats, tmp_path, fresh("storage"), StorageSettings(None, 0)) as held:
-        held.disk.ballast.size_bytes = MIB
-        held.disk.ballast.make()
+    async with storage_parts(nats, tmp_path, fresh("storage"), StorageSettings(None, 0)) as parts:
+        parts.disk.ballast.size_bytes = MIB
+        parts.disk.ballast.make()
         asked: list[bool] = []
 
         async def answer(_: Empty) -> Empty:
-            asked.append((held.disk.layout.root / "ballast").exists())
-            if held.disk.ballast.held_bytes or len(asked) > 2:
+            asked.append((parts.disk.layout.root / "ballast").exists())
+            if parts.disk.ballast.held_bytes or len(asked) > 2:
                 raise OSError(errno.ENOSPC, "No space left on device")
             return Empty()
 
-        guarded = full_of(held).with_disk_full_retry("commit", answer)
+        guarded = parts.disk_full.with_disk_full_retry("commit", answer)
         assert await guarded(Empty()) == Empty() and asked == [True, False]
         with pytest.raises(DiskFull, match="disk full: No space left on device while storage tried to commit"):
             await guarded(Empty())
@@ -232,21 +227,21 @@ async def test_concurrent_blocked_downloads_cost_one_eviction_plan(
 ) -> None:
     monkeypatch.setattr(room_module, "_FREED_DEADLINE_S", 0.2)
     first, second = model_of("first", 700), model_of("second", 200)
-    async with holding(nats, tmp_path, fresh("storage"), StorageSettings(None, 0, "lru")) as held:
-        await held.bring_in(A, B, C)
+    async with storage_parts(nats, tmp_path, fresh("storage"), StorageSettings(None, 0, "lru")) as parts:
+        await parts.bring_in(A, B, C)
         for model in (first, second):
-            await held.guard.reserve(Reserve(manifest=model.manifest))
-        full = full_of(held)
-        held.disk.claims_free_bytes = 100  # others have taken the rest, and A's file is open somewhere
+            await parts.fetch.reserve(Reserve(manifest=model.manifest))
+        full = parts.disk_full
+        parts.disk.claims_free_bytes = 100  # others have taken the rest, and A's file is open somewhere
         answers = await asyncio.gather(*(full.check_space(CheckSpace(model=m.name)) for m in (first, second, first)))
         assert [a.enough for a in answers] == [False] * 3
         assert [v.model for a in answers if a.evicted for v in a.evicted.victims] == [A.name]
-        assert held.ledger.manifests.keys() == {B.name, C.name}
+        assert parts.ledger.manifests.keys() == {B.name, C.name}
         assert (answers[0].lacking_bytes, answers[0].free_bytes, answers[0].volume) == (800, 100, "")
         assert (answers[0].lacking_bytes, answers[0].free_bytes) == (800, 100)
-        held.disk.claims_free_bytes = 1100
+        parts.disk.claims_free_bytes = 1100
         assert (await full.check_space(CheckSpace(model=second.name))).enough
-        held.disk.claims_free_bytes = 0  # a later time: a new plan
+        parts.disk.claims_free_bytes = 0  # a later time: a new plan
         again = await full.check_space(CheckSpace(model=second.name))
         assert again.evicted is not None and [v.model for v in again.evicted.victims] == [B.name]
 
@@ -256,28 +251,28 @@ async def test_no_model_is_evicted_for_a_blocked_download_in_vain(
     nats: NatsServer, fresh: Fresh, tmp_path: Path, policy: str, need: int
 ) -> None:
     limits = StorageSettings(None, 0, "lru" if policy == "lru" else "manual")
-    async with holding(nats, tmp_path, fresh("storage"), limits) as held:
-        await held.bring_in(A, B, C)
+    async with storage_parts(nats, tmp_path, fresh("storage"), limits) as parts:
+        await parts.bring_in(A, B, C)
         comes = model_of("comes", need)
-        await held.guard.reserve(Reserve(manifest=comes.manifest))
-        held.disk.claims_free_bytes = 0
-        answer = await full_of(held).check_space(CheckSpace(model=comes.name))
+        await parts.fetch.reserve(Reserve(manifest=comes.manifest))
+        parts.disk.claims_free_bytes = 0
+        answer = await parts.disk_full.check_space(CheckSpace(model=comes.name))
         assert not answer.enough and answer.evicted is None and answer.lacking_bytes == need
-        assert held.ledger.manifests.keys() == {A.name, B.name, C.name}
+        assert parts.ledger.manifests.keys() == {A.name, B.name, C.name}
 
 
 async def test_I3_there_is_space_only_when_the_headroom_stays_free(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
-    async with holding(nats, tmp_path, fresh("storage"), StorageSettings(None, 300)) as held:
+    async with storage_parts(nats, tmp_path, fresh("storage"), StorageSettings(None, 300)) as parts:
         comes = model_of("comes", 500)
-        await held.guard.reserve(Reserve(manifest=comes.manifest))
+        await parts.fetch.reserve(Reserve(manifest=comes.manifest))
         for free, enough in ((0, False), (500, False), (799, False), (800, True)):
-            held.disk.claims_free_bytes = free
-            assert (await full_of(held).check_space(CheckSpace(model=comes.name))).enough == enough, free
+            parts.disk.claims_free_bytes = free
+            assert (await parts.disk_full.check_space(CheckSpace(model=comes.name))).enough == enough, free
 
 
 async def test_I10_a_space_request_is_for_a_models_name_only(nats: NatsServer, fresh: Fresh, tmp_path: Path) -> None:
-    async with holding(nats, tmp_path, fresh("storage"), StorageSettings(None, 0)) as held:
+    async with storage_parts(nats, tmp_path, fresh("storage"), StorageSettings(None, 0)) as parts:
         with pytest.raises(ShoalError, match="is not a model"):
-            await full_of(held).check_space(CheckSpace(model="../up"))
+            await parts.disk_full.check_space(CheckSpace(model="../up"))

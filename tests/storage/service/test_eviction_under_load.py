@@ -1,4 +1,4 @@
-"""Fifty requests at once on a real disk: limits hold, protected models stay, a plan frees what it announced.
+"""Fifty requests at once on a real disk: limits hold, protected models stay, a deletion frees what it says.
 
 CI issues two hundred; SHOAL_STEPS=10000 in the environment makes it at least so many requests.
 """
@@ -14,14 +14,15 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shoal_common.errors import InUse, NotFound, QuotaExceeded, ShoalError
 from shoal_common.messages.downloads import StopDownloads
 from shoal_common.messages.envelope import Empty
+from shoal_common.messages.manifest import Manifest
 from shoal_common.messages.storage import (
     CollectGarbage,
     CommitBlob,
@@ -36,11 +37,11 @@ from shoal_common.messages.storage import (
 )
 from shoal_common.rpc.request_reply import RpcEndpoint, serve
 from shoal_common.settings.node import StorageSettings
-from shoal_storage.handlers.maintenance import MaintenanceApi
 from shoal_storage.ledger.ledger import Ledger
+from shoal_storage.section import CriticalSection, Held
 from tests.harness.nats import NatsServer
 from tests.storage.service.test_eviction_machine import MODELS
-from tests.storage.service.test_eviction_races import Held, holding
+from tests.storage.storage_parts import StorageParts, storage_parts
 from tests.storage.store_fixtures import Model, check_invariants, put
 
 CONCURRENT = 50
@@ -53,18 +54,17 @@ COMING_IN = ("pull", "reserve", "commit", "seal")
 issued = Counter[str]()
 
 
-class Watched(asyncio.Lock):
+class Watched(CriticalSection):
     """The critical section: each holder leaves a ledger that keeps the limits."""
 
-    ledger: Ledger | None = None
-    limits: StorageSettings
-    broken: str = ""
+    def __init__(self, ledger: Ledger, limits: StorageSettings) -> None:
+        super().__init__()
+        self.ledger, self.limits = ledger, limits
+        self.broken = ""
 
-    def release(self) -> None:
-        """Check the ledger, then release the lock."""
-        if self.ledger is not None and not self.broken:
-            self.broken = violations(self.ledger, self.limits)
-        super().release()
+    async def __aexit__(self, *error: Any) -> None:
+        self.broken = self.broken or violations(self.ledger, self.limits)
+        await super().__aexit__(*error)
 
 
 def violations(ledger: Ledger, limits: StorageSettings) -> str:
@@ -85,23 +85,30 @@ def violations(ledger: Ledger, limits: StorageSettings) -> str:
 class Together:
     """One store with many concurrent requests."""
 
-    def __init__(self, held: Held, maintenance: MaintenanceApi) -> None:
-        self.held, self.guard, self.maintenance = held, held.guard, maintenance
-        self._carry_out = self.guard.evictions.execute
-        self.guard.evictions.execute = self.carry_out  # type: ignore[method-assign]  # the same, measured
+    def __init__(self, parts: StorageParts) -> None:
+        self.parts = parts
+        self._carry_out, self._delete_model = parts.evictions._execute, parts.deleter.delete_model
+        parts.evictions._execute = self.carry_out  # type: ignore[method-assign]  # the same, checked
+        parts.deleter.delete_model = self.delete_model  # type: ignore[method-assign]  # the same, measured
 
     def blob_bytes(self) -> int:
-        return sum(p.stat().st_size for p in self.held.disk.layout.blobs.glob("*/*"))
+        return sum(p.stat().st_size for p in self.parts.disk.layout.blobs.glob("*/*"))
 
-    async def carry_out(self, eviction: EvictionPlan) -> EvictionPlan:
-        """Compare what a plan has freed, by the files, with what it announced."""
-        kept = self.held.ledger.uses.pinned | self.held.ledger.arrivals.reservations.keys()
+    async def carry_out(self, eviction: EvictionPlan, admitted: Manifest | None = None) -> EvictionPlan:
+        """Check a plan, and count it."""
+        ledger = self.parts.ledger
+        kept = ledger.uses.pinned | (ledger.arrivals.reservations.keys() - ledger.arrivals.ended_reservations)
         assert not kept & {v.model for v in eviction.victims}, "I4: a victim is kept"
-        before = self.blob_bytes()
-        done = await self._carry_out(eviction)
-        assert before - self.blob_bytes() == done.freed_bytes == eviction.freed_bytes >= eviction.required_bytes
         issued["evictions"] += 1
-        return done
+        return await self._carry_out(eviction, admitted)
+
+    async def delete_model(self, held: Held, model: str) -> int:
+        """Compare what a deletion has freed, by the files, with what it returns."""
+        is_arriving = any(model in p.models for p in self.parts.ledger.arrivals.partials.values())
+        before = self.blob_bytes()
+        freed = await self._delete_model(held, model)
+        assert before - self.blob_bytes() == freed or is_arriving
+        return freed
 
     async def ask(self, verb: str, model: Model) -> None:
         """One request, which may be refused only for what others have done meanwhile."""
@@ -114,24 +121,24 @@ class Together:
             raise AssertionError(f"{verb} of {model.name}: {e.code}: {e.message}") from e
 
     async def _bring_in(self, verb: str, model: Model) -> None:
-        guard, ledger = self.guard, self.held.ledger
+        fetch, ledger = self.parts.fetch, self.parts.ledger
         if verb in ("pull", "reserve"):
-            await guard.reserve(Reserve(manifest=model.manifest))
+            await fetch.reserve(Reserve(manifest=model.manifest))
         if verb in ("pull", "commit"):
             for blob, data in model.blobs.items():
                 # As the one fetcher of a node: it stops writing to a blob once it has asked for its commit.
-                if blob in ledger.arrivals.partials and not (self.held.disk.layout.partial(blob) / "have").exists():
+                if blob in ledger.arrivals.partials and not (self.parts.disk.layout.partial(blob) / "have").exists():
                     with suppress(FileNotFoundError):
-                        put(self.held.disk.layout, blob, data)
-                await guard.commit(CommitBlob(blob=blob))
+                        put(self.parts.disk.layout, blob, data)
+                await fetch.commit(CommitBlob(blob=blob))
         if verb in ("pull", "seal"):
-            await guard.seal(SealModel(manifest=model.sealed))
+            await fetch.seal(SealModel(manifest=model.sealed))
 
     async def _keep(self, verb: str, model: Model) -> None:
-        repo, maintenance = model.manifest.repo, self.maintenance
+        repo, maintenance = model.manifest.repo, self.parts.maintenance
         asked: dict[str, Callable[[], Awaitable[object]]] = {
-            "release": lambda: self.guard.release(Release(model=model.name, blobs=list(model.blobs))),
-            "delete": lambda: self.guard.deletions.delete(Delete(model=repo), ""),
+            "release": lambda: self.parts.fetch.release(Release(model=model.name, blobs=list(model.blobs))),
+            "delete": lambda: self.parts.delete_command.delete(Delete(model=repo), ""),
             "pin": lambda: maintenance.pin(Pin(model=repo), ""),
             "unpin": lambda: maintenance.pin(Pin(model=repo, pinned=False), ""),
             "used": lambda: maintenance.record_use(RecordUse(models=[model.name])),
@@ -148,21 +155,13 @@ async def live(server: NatsServer, home: Path, node: str, limits: StorageSetting
     async def withdraw(_: StopDownloads) -> Empty:
         return Empty()
 
-    async with holding(server, home, node, limits) as held:
-        section = held.guard.section
-        assert isinstance(section, Watched)
-        section.limits, section.ledger = limits, held.ledger
-        maintenance = MaintenanceApi(
-            held.guard._context,
-            held.ledger,
-            section,
-            held.guard.evictions,
-            held.guard.metadata,
-            held.guard._publisher,
-        )
-        together, stopping = Together(held, maintenance), asyncio.Event()
+    async with storage_parts(server, home, node, limits) as parts:
+        section = parts.context.section = Watched(parts.ledger, limits)
+        together, stopping = Together(parts), asyncio.Event()
         serving = asyncio.create_task(
-            serve(held.here.nats, "fetcher", node, {"stop_downloads": RpcEndpoint(StopDownloads, withdraw)}, stopping)
+            serve(
+                parts.here.nats, "fetcher", node, {"stop_downloads": RpcEndpoint(StopDownloads, withdraw)}, stopping
+            )
         )
         try:
             for model in MODELS[3:5]:  # no quota used here has space for both of these
@@ -177,19 +176,16 @@ async def live(server: NatsServer, home: Path, node: str, limits: StorageSetting
                 )
                 await asyncio.gather(*(together.ask(verb, model) for verb, model in asked))
                 assert not section.broken, section.broken
-                assert together.blob_bytes() == held.ledger.used_bytes, "the ledger says what the disk holds"
-                on_disk = {p.name for p in held.disk.layout.partials.iterdir()}
-                assert on_disk == held.ledger.arrivals.partials.keys()
-                check_invariants(held.disk.layout.root)
+                assert together.blob_bytes() == parts.ledger.used_bytes, "the ledger says what the disk holds"
+                on_disk = {p.name for p in parts.disk.layout.partials.iterdir()}
+                assert on_disk == parts.ledger.arrivals.partials.keys()
+                check_invariants(parts.disk.layout.root)
         finally:
             stopping.set()
             await serving
 
 
-def test_I3_I4_fifty_requests_at_once_keep_limits_and_protected(
-    nats: NatsServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(asyncio, "Lock", Watched)
+def test_I3_I4_fifty_requests_at_once_keep_limits_and_protected(nats: NatsServer) -> None:
     issued.clear()
 
     @settings(

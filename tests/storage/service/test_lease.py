@@ -25,7 +25,7 @@ from tests.harness.fresh import Fresh
 from tests.harness.nats import NatsServer
 from tests.storage.lease_fixtures import holder_of
 from tests.storage.ledger_builder import build_ledger
-from tests.storage.service.test_fetch_api import holding as guarding
+from tests.storage.storage_parts import storage_parts
 
 TIMES = st.floats(0, 1e6)
 
@@ -121,26 +121,26 @@ def test_I4_a_leased_blob_is_no_garbage_and_goes_with_no_model(
 async def test_a_lease_check_reports_changes_and_survives_disk_errors(
     nats: NatsServer, fresh: Fresh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with guarding(nats, tmp_path, fresh("storage")) as held:
-        holders, uses, now_s = held.guard.leases, held.ledger.uses, time.monotonic()
+    async with storage_parts(nats, tmp_path, fresh("storage")) as parts, parts.context.section as held:
+        holders, uses, now_s = parts.leases, parts.ledger.uses, time.monotonic()
         leases = uses.leases
         for name, grace_s in (("young", LOCK_DEADLINE_S), ("old", 0.0)):
             uses.add_lease(ModelLease(name, "org/m@c", "me", "", time.time(), {}, now_s + grace_s))
-            lease_files.create_lease(held.disk, leases[name])
+            lease_files.create_lease(parts.disk, leases[name])
 
         def refuse(*_: object) -> bool:
             raise OSError(errno.EIO, "the disk refuses")
 
         with monkeypatch.context() as broken:
             broken.setattr(lease_files, "remove_unless_held", refuse)
-            assert not await holders.refresh() and set(leases) == {"young", "old"}
-        assert await holders.refresh() and set(leases) == {"young"}
-        assert not await holders.refresh()
-        with holder_of(str(held.disk.layout.lease_lock("young"))) as holder:
-            assert await holders.refresh() and leases["young"].pid == holder.pid
-            assert not await holders.refresh()
-        assert await holders.refresh() and not leases
-        assert not await holders.refresh()
+            assert not await holders.refresh(held) and set(leases) == {"young", "old"}
+        assert await holders.refresh(held) and set(leases) == {"young"}
+        assert not await holders.refresh(held)
+        with holder_of(str(parts.disk.layout.lease_lock("young"))) as holder:
+            assert await holders.refresh(held) and leases["young"].pid == holder.pid
+            assert not await holders.refresh(held)
+        assert await holders.refresh(held) and not leases
+        assert not await holders.refresh(held)
 
 
 @pytest.mark.parametrize("holder", ["", "  ", "a\nb", "x" * 201, "\x1b[31mred"])

@@ -28,8 +28,8 @@ from tests.harness.waiting import eventually
 from tests.storage.lease_fixtures import holder_of
 from tests.storage.running_storage import Node, on_node
 from tests.storage.service.test_deletion import instance_of
-from tests.storage.service.test_fetch_api import holding as guarding
 from tests.storage.service.test_verifier import flip
+from tests.storage.storage_parts import storage_parts
 from tests.storage.store_fixtures import Model, StoreFixture, check_invariants, files_below, files_of, put, sha256
 
 MODEL = Model("org/model", {"weights.bin": b"w" * 4000, "sub/config.json": b"{}"})
@@ -137,16 +137,16 @@ async def test_I5_a_lease_that_nobody_holds_is_released_at_once(
 
 
 async def test_I7_a_node_has_so_many_leases_and_no_more(nats: NatsServer, fresh: Fresh, tmp_path: Path) -> None:
-    async with guarding(nats, tmp_path, fresh("storage")) as held:
+    async with storage_parts(nats, tmp_path, fresh("storage")) as parts:
         names = [f"l{n}" for n in range(MAX_LEASES)]
         for name in names:
-            held.ledger.uses.add_lease(ModelLease(name, "org/m@c", "me", "", time.time(), {}, float("inf")))
+            parts.ledger.uses.add_lease(ModelLease(name, "org/m@c", "me", "", time.time(), {}, float("inf")))
         question = AcquireLease(model="org/other", holder="one too many")
         with pytest.raises(Busy, match="`shoal storage`"):
-            await held.guard.leases.lease(question)
-        await held.guard.leases.release(ReleaseLease(id=names[0]))
+            await parts.leases.lease(question)
+        await parts.leases.release(ReleaseLease(id=names[0]))
         with pytest.raises(NotFound):  # room for another lease, but no model to lease
-            await held.guard.leases.lease(question)
+            await parts.leases.lease(question)
 
 
 async def test_a_lock_that_cannot_be_tested_counts_as_held(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

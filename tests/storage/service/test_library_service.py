@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import threading
+from collections.abc import Callable
 from pathlib import Path
+
+import pytest
 
 from shoal_common.messages.manifest import Manifest
 from shoal_common.messages.storage import (
@@ -14,7 +19,12 @@ from shoal_common.messages.storage import (
     Pin,
     Verify,
 )
+from shoal_common.settings.node import StorageSettings
 from shoal_common.store.store_paths import StorePaths
+from shoal_storage.libraries import service as library_service
+from shoal_storage.libraries.recognize import LibraryListing
+from shoal_storage.libraries.scanner import list_library
+from shoal_storage.libraries.service import LibraryService
 from tests.harness.fresh import Fresh
 from tests.harness.nats import NatsServer
 from tests.storage.library_fixtures import (
@@ -36,6 +46,7 @@ from tests.storage.library_fixtures import (
 )
 from tests.storage.running_storage import on_node
 from tests.storage.service.test_verifier import fileserver_of
+from tests.storage.storage_parts import GATE_DEADLINE_S, storage_parts
 from tests.storage.store_fixtures import Model, StoreFixture, files_below, git_sha1, sha256
 
 
@@ -258,3 +269,32 @@ def test_library_records_have_paths_of_their_own() -> None:
     paths = StorePaths(Path("/s"))
     assert paths.library_blob("a" * 64) == Path("/s/libraries/blobs/aa") / ("a" * 64)
     assert paths.library_model("org/name", "c" * 40) == Path("/s/libraries/models") / f"org--name@{'c' * 40}"
+
+
+async def test_a_setting_changed_during_a_scan_mixes_up_no_libraries(
+    nats: NatsServer, fresh: Fresh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    cached(first, "org/theirs", THEIRS.manifest.commit, FILES)
+    second.mkdir()
+    settings = StorageSettings(None, 0, libraries=(str(first),))
+    async with storage_parts(nats, tmp_path, fresh("storage"), settings) as parts:
+        libraries = LibraryService(parts.context)
+        reached, gate = threading.Event(), threading.Event()
+
+        def gated(library: str, check_stopping: Callable[[], None]) -> LibraryListing:
+            listing = list_library(library, check_stopping)
+            reached.set()
+            assert gate.wait(GATE_DEADLINE_S)
+            return listing
+
+        monkeypatch.setattr(library_service, "list_library", gated)
+        scanning = asyncio.create_task(libraries.refresh())
+        assert await asyncio.to_thread(reached.wait, GATE_DEADLINE_S)
+        await libraries.use_libraries([str(second), str(first)])
+        gate.set()
+        await scanning
+        assert [(s.path, s.unhashed_count, s.error) for s in libraries.states()] == [
+            (str(second), 0, "it has not been scanned yet"),
+            (str(first), 1, ""),
+        ]

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
 from shoal_common.bus.keys import download_key, liveness_key
 from shoal_common.bus.kv_mirror import KvMirror
@@ -32,7 +33,8 @@ from tests.harness.fresh import Fresh
 from tests.harness.nats import NatsServer
 from tests.harness.waiting import eventually
 from tests.storage.running_storage import on_node
-from tests.storage.service.test_eviction_races import A, B, Held, holding, model_of
+from tests.storage.service.test_eviction_races import A, B, model_of
+from tests.storage.storage_parts import StorageParts, storage_parts
 from tests.storage.store_fixtures import Model, files_below, files_of, put
 from tests.storage.unit.test_reservation_expiry import DAY_S, NOW_S
 
@@ -42,33 +44,19 @@ from tests.storage.unit.test_reservation_expiry import DAY_S, NOW_S
 class Cluster:
     """The cluster state as storage sees it: its fetcher and its downloads."""
 
-    def __init__(self, held: Held) -> None:
-        self.held, self.specs, self.downloads, self.live = held, KvMirror("spec"), KvMirror("state"), KvMirror("live")
-        self.retention_s = 7 * DAY_S
+    def __init__(self, parts: StorageParts) -> None:
+        self.parts, self.specs, self.downloads, self.live = parts, parts.specs, KvMirror("state"), KvMirror("live")
         self.begun_s = self.monotonic_s = 0.0
-        guard = held.guard
-        self.reservations = ReservationExpiry(
-            guard._context,
-            held.ledger,
-            guard.section,
-            guard.metadata,
-            guard.deletions,
-            guard.shards,
-            guard._publisher,
-            lambda: StorageSettings(None, 0, partial_retention_s=self.retention_s),
-            self.specs,
-            self.downloads,
-            self.live,
-        )
+        self.reservations = ReservationExpiry(parts.context, parts.deleter, parts.shards, self.downloads, self.live)
         self.fetcher(True)
 
     def fetcher(self, here: bool) -> None:
         live = encode(LivenessRecord(holder=this_process(), version="0"))
-        self.live.apply(liveness_key(self.held.node, "fetcher"), live if here else None)
+        self.live.apply(liveness_key(self.parts.node, "fetcher"), live if here else None)
 
     def set_request(self, model: Model, there: bool = True) -> None:
         repo, commit = model.manifest.repo, model.manifest.commit
-        key, node = download_key(self.held.node, repo), self.held.node
+        key, node = download_key(self.parts.node, repo), self.parts.node
         self.downloads.apply(
             key, encode(DownloadState(node=node, model=repo, phase="fetching", commit=commit)) if there else None
         )
@@ -89,148 +77,148 @@ BLOB = next(iter(COMES.blobs))
 @asynccontextmanager
 async def a_fetch(
     nats: NatsServer, home: Path, node: str, limits: StorageSettings
-) -> AsyncIterator[tuple[Held, Cluster]]:
+) -> AsyncIterator[tuple[StorageParts, Cluster]]:
     """COMES is reserved and requested, and all of it has arrived."""
-    async with holding(nats, home, node, limits) as held:
-        cluster = Cluster(held)
+    async with storage_parts(nats, home, node, limits) as parts:
+        cluster = Cluster(parts)
         cluster.set_request(COMES)
-        await held.guard.reserve(Reserve(manifest=COMES.manifest))
-        put(held.disk.layout, BLOB, COMES.blobs[BLOB])
-        cluster.begun_s = held.ledger.arrivals.last_wanted_s[COMES.name]
-        yield held, cluster
+        await parts.fetch.reserve(Reserve(manifest=COMES.manifest))
+        put(parts.disk.layout, BLOB, COMES.blobs[BLOB])
+        cluster.begun_s = parts.ledger.arrivals.last_wanted_s[COMES.name]
+        yield parts, cluster
 
 
 async def test_a_reservation_and_then_its_bytes_outlive_the_request(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
-    async with a_fetch(nats, tmp_path, fresh("storage"), StorageSettings(4000, 0)) as (held, cluster):
+    async with a_fetch(nats, tmp_path, fresh("storage"), StorageSettings(4000, 0)) as (parts, cluster):
         for after_s in (100.0, DAY_S, 30 * DAY_S):
             await cluster.check_after(after_s)
             assert (
-                held.ledger.arrivals.ended_reservations == set()
-                and held.ledger.arrivals.last_wanted_s[COMES.name] == cluster.begun_s + after_s
+                parts.ledger.arrivals.ended_reservations == set()
+                and parts.ledger.arrivals.last_wanted_s[COMES.name] == cluster.begun_s + after_s
             )
         cluster.set_request(COMES, False)
         await cluster.check_after(30 * DAY_S + RESERVATION_GRACE_S - 1)
-        assert held.ledger.arrivals.ended_reservations == set()
+        assert parts.ledger.arrivals.ended_reservations == set()
         await cluster.check_after(30 * DAY_S + RESERVATION_GRACE_S)
-        assert held.ledger.arrivals.ended_reservations == {COMES.name}
-        assert protected_models(held.ledger, {}) == {}
+        assert parts.ledger.arrivals.ended_reservations == {COMES.name}
+        assert protected_models(parts.ledger, {}) == {}
         with pytest.raises(NotFound, match="has ended because nobody wanted it; reserve it again"):
-            await held.guard.commit(CommitBlob(blob=BLOB))
+            await parts.fetch.commit(CommitBlob(blob=BLOB))
         # Its whole size no longer counts: there is space for others.
-        await held.guard.evictions.refresh_free_space()
-        occupied = held.ledger.arrivals.partials[BLOB].allocated_bytes
-        assert held.ledger.reserved_bytes == occupied <= 3000 and held.ledger.arrivals.in_flight_bytes == 0
+        await parts.refresh_free_space()
+        occupied = parts.ledger.arrivals.partials[BLOB].allocated_bytes
+        assert parts.ledger.reserved_bytes == occupied <= 3000 and parts.ledger.arrivals.in_flight_bytes == 0
         await cluster.check_after(37 * DAY_S - 1)
-        assert has_partial(held.disk, BLOB)
+        assert has_partial(parts.disk, BLOB)
         await cluster.check_after(37 * DAY_S)
         assert (
-            files_below(held.disk.layout.root) == set()
-            and held.ledger.arrivals.partials == {} == held.ledger.arrivals.reservations
+            files_below(parts.disk.layout.root) == set()
+            and parts.ledger.arrivals.partials == {} == parts.ledger.arrivals.reservations
         )
-        assert held.ledger.arrivals.ended_reservations == set() and held.ledger.arrivals.last_wanted_s == {}
+        assert parts.ledger.arrivals.ended_reservations == set() and parts.ledger.arrivals.last_wanted_s == {}
 
 
 async def test_reserving_again_revives_a_reservation_with_its_bytes(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
-    async with a_fetch(nats, tmp_path, fresh("storage"), StorageSettings(4000, 0)) as (held, cluster):
+    async with a_fetch(nats, tmp_path, fresh("storage"), StorageSettings(4000, 0)) as (parts, cluster):
         cluster.set_request(COMES, False)
         await cluster.check_after(RESERVATION_GRACE_S)
-        assert held.ledger.arrivals.ended_reservations == {COMES.name}
-        await held.guard.reserve(Reserve(manifest=COMES.manifest))
-        assert held.ledger.arrivals.ended_reservations == set()
-        assert (await held.guard.commit(CommitBlob(blob=BLOB))).size_bytes == 3000
-        await held.guard.seal(SealModel(manifest=COMES.sealed))
-        assert files_below(held.disk.layout.root) == files_of(COMES)
-        assert held.ledger.arrivals.last_wanted_s == {}
+        assert parts.ledger.arrivals.ended_reservations == {COMES.name}
+        await parts.fetch.reserve(Reserve(manifest=COMES.manifest))
+        assert parts.ledger.arrivals.ended_reservations == set()
+        assert (await parts.fetch.commit(CommitBlob(blob=BLOB))).size_bytes == 3000
+        await parts.fetch.seal(SealModel(manifest=COMES.sealed))
+        assert files_below(parts.disk.layout.root) == files_of(COMES)
+        assert parts.ledger.arrivals.last_wanted_s == {}
 
 
 async def test_a_retention_of_0_keeps_nothing(nats: NatsServer, fresh: Fresh, tmp_path: Path) -> None:
-    async with a_fetch(nats, tmp_path, fresh("storage"), StorageSettings(None, 0)) as (held, cluster):
-        cluster.retention_s = 0
+    async with a_fetch(nats, tmp_path, fresh("storage"), StorageSettings(None, 0)) as (parts, cluster):
+        parts.context.settings = structs.replace(parts.context.settings, partial_retention_s=0)
         await cluster.check_after(RESERVATION_GRACE_S)
-        assert has_partial(held.disk, BLOB), "it is requested"
+        assert has_partial(parts.disk, BLOB), "it is requested"
         cluster.set_request(COMES, False)
         await cluster.check_after(2 * RESERVATION_GRACE_S)
-        assert files_below(held.disk.layout.root) == set()
+        assert files_below(parts.disk.layout.root) == set()
 
 
 async def test_a_dead_fetcher_ends_its_reservations_unless_it_restarts(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
-    async with a_fetch(nats, tmp_path, fresh("storage"), StorageSettings(None, 0)) as (held, cluster):
+    async with a_fetch(nats, tmp_path, fresh("storage"), StorageSettings(None, 0)) as (parts, cluster):
         await cluster.check_after(0.0)
         cluster.fetcher(False)
         await cluster.check_after(FETCHER_DOWN_AFTER_S - 1, FETCHER_DOWN_AFTER_S - 1)
-        assert held.ledger.arrivals.ended_reservations == set()
+        assert parts.ledger.arrivals.ended_reservations == set()
         cluster.fetcher(True)
         await cluster.check_after(FETCHER_DOWN_AFTER_S, 1.0)
-        assert held.ledger.arrivals.last_wanted_s[COMES.name] == cluster.begun_s + FETCHER_DOWN_AFTER_S
+        assert parts.ledger.arrivals.last_wanted_s[COMES.name] == cluster.begun_s + FETCHER_DOWN_AFTER_S
         cluster.fetcher(False)
         await cluster.check_after(2 * FETCHER_DOWN_AFTER_S, FETCHER_DOWN_AFTER_S)
-        assert held.ledger.arrivals.ended_reservations == {COMES.name} and has_partial(held.disk, BLOB)
+        assert parts.ledger.arrivals.ended_reservations == {COMES.name} and has_partial(parts.disk, BLOB)
 
 
 async def test_a_storage_without_nats_ends_no_reservation(
     nats: NatsServer, fresh: Fresh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with a_fetch(nats, tmp_path, fresh("storage"), StorageSettings(None, 0)) as (held, cluster):
+    async with a_fetch(nats, tmp_path, fresh("storage"), StorageSettings(None, 0)) as (parts, cluster):
         cluster.fetcher(False)
-        connected = type(held.here.nats.client)
+        connected = type(parts.here.nats.client)
         with monkeypatch.context() as patched:
             patched.setattr(connected, "is_connected", property(lambda _: False))
             await cluster.check_after(10 * FETCHER_DOWN_AFTER_S, 10 * FETCHER_DOWN_AFTER_S)
             await cluster.check_after(20 * FETCHER_DOWN_AFTER_S, 10 * FETCHER_DOWN_AFTER_S)
-        assert held.ledger.arrivals.ended_reservations == set()
+        assert parts.ledger.arrivals.ended_reservations == set()
 
 
 async def test_I4_leftovers_of_a_download_are_evicted_before_any_model(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
-    async with a_fetch(nats, tmp_path, fresh("storage"), StorageSettings(9000, 0, "lru")) as (held, cluster):
-        await held.bring_in(A, B)
+    async with a_fetch(nats, tmp_path, fresh("storage"), StorageSettings(9000, 0, "lru")) as (parts, cluster):
+        await parts.bring_in(A, B)
         cluster.set_request(COMES, False)
         await cluster.check_after(RESERVATION_GRACE_S)
-        await held.guard.evictions.refresh_free_space()
-        occupied = held.ledger.arrivals.partials[BLOB].allocated_bytes
+        await parts.refresh_free_space()
+        occupied = parts.ledger.arrivals.partials[BLOB].allocated_bytes
         new = model_of("larger", 9000 - 2000 - occupied + 1)
-        dry = await held.guard.evictions.plan_for_new_bytes(new.manifest.size_bytes)
+        dry = await parts.evictions.plan_for_new_bytes(new.manifest.size_bytes)
         assert [v.model for v in dry.ended_downloads] == [COMES.name] and not dry.victims
         assert dry.freed_bytes == occupied
-        went = await held.reserve(new)
+        went = await parts.reserve(new)
         assert went is not None and went.ended_downloads == dry.ended_downloads and went.freed_bytes == occupied
-        assert held.ledger.manifests.keys() == {A.name, B.name} and BLOB not in held.ledger.arrivals.partials
+        assert parts.ledger.manifests.keys() == {A.name, B.name} and BLOB not in parts.ledger.arrivals.partials
 
 
 async def test_what_two_downloads_share_stays_reserved_for_the_other(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
     twin = Model("org/twin", {"weights.bin": COMES.bytes["weights.bin"]})
-    async with a_fetch(nats, tmp_path, fresh("storage"), StorageSettings(None, 0)) as (held, cluster):
-        await held.guard.reserve(Reserve(manifest=twin.manifest))
-        cluster.retention_s = 0
+    async with a_fetch(nats, tmp_path, fresh("storage"), StorageSettings(None, 0)) as (parts, cluster):
+        await parts.fetch.reserve(Reserve(manifest=twin.manifest))
+        parts.context.settings = structs.replace(parts.context.settings, partial_retention_s=0)
         cluster.set_request(COMES, False)
         cluster.set_request(twin)
         await cluster.check_after(RESERVATION_GRACE_S + 60)
-        assert held.ledger.arrivals.partials[BLOB].models == {twin.name}
-        assert (await held.guard.commit(CommitBlob(blob=BLOB))).size_bytes == 3000
-        await held.guard.release(Release(model=twin.name, blobs=[BLOB]))
+        assert parts.ledger.arrivals.partials[BLOB].models == {twin.name}
+        assert (await parts.fetch.commit(CommitBlob(blob=BLOB))).size_bytes == 3000
+        await parts.fetch.release(Release(model=twin.name, blobs=[BLOB]))
 
 
 async def test_I6_a_restart_knows_when_a_reservation_was_last_wanted(
     nats: NatsServer, fresh: Fresh, tmp_path: Path
 ) -> None:
     """By the reservation's file; by the partial blobs if a full disk had no space for that."""
-    async with a_fetch(nats, tmp_path, fresh("storage"), StorageSettings(None, 0)) as (held, cluster):
+    async with a_fetch(nats, tmp_path, fresh("storage"), StorageSettings(None, 0)) as (parts, cluster):
         await cluster.check_after(1000.0)
         for without_reservation in (False, True):
             if without_reservation:
-                for path in held.disk.layout.reservations.iterdir():
+                for path in parts.disk.layout.reservations.iterdir():
                     path.unlink()
-            ledger = recover_store(held.disk)
-            MetadataFiles(held.disk.layout, ledger).read()
+            ledger = recover_store(parts.disk)
+            MetadataFiles(parts.disk.layout, ledger).read()
             assert ledger.arrivals.last_wanted_s.keys() == {COMES.name}
             assert abs(ledger.arrivals.last_wanted_s[COMES.name] - cluster.begun_s - 1000.0) < 0.001
 

@@ -120,9 +120,9 @@ def test_a_small_file_named_by_git_is_found_again_by_its_bytes(root: Path, apple
     store = StoreFixture(root)
     store.bring_in(apples)
     (by_git,) = [f for f in apples.manifest.files if not f.sha256]
-    found = find_by_git_sha1(store.disk, by_git.git_sha1, by_git.size_bytes, store.ledger)
+    found = find_by_git_sha1(store.disk, by_git.git_sha1, store.ledger.blobs)
     assert found == sha256(apples.bytes[by_git.path])
-    assert find_by_git_sha1(store.disk, "0" * 40, by_git.size_bytes, store.ledger) is None
+    assert find_by_git_sha1(store.disk, "0" * 40, store.ledger.blobs) is None
 
 
 def test_a_held_file_keeps_its_inode_when_it_arrives_by_git_hash(root: Path) -> None:

@@ -10,6 +10,7 @@ from nats.errors import Error as NatsError
 from shoal_common import telemetry
 from shoal_common.bus import cluster_clock, subjects
 from shoal_common.bus.connection import Nats
+from shoal_common.bus.network_use import require_network_allowed
 from shoal_common.messages import encode
 
 
@@ -21,6 +22,7 @@ class EventEmitter:
 
     async def emit(self, name: str, **fields: Any) -> None:
         """Publish `shoal.v1.evt.<service>.<node>.<name>`. An outage loses the event, but no state."""
+        require_network_allowed()
         body = {"at_s": round(cluster_clock.now_s(), 3), **fields}
         with suppress(NatsError):
             await self._nats.client.publish(

@@ -13,6 +13,7 @@ from nats.js import JetStreamContext, api
 from nats.js import errors as jse
 
 from shoal_common.bus import subjects
+from shoal_common.bus.network_use import require_network_allowed
 from shoal_common.errors import Unavailable
 from shoal_common.logs import StructuredLogger
 
@@ -166,6 +167,7 @@ async def kv_created_at(js: JetStreamContext) -> str:
 
 async def retry_while_nats_down(call: Callable[[], Awaitable[T]], deadline_s: float = OUTAGE_DEADLINE_S) -> T:
     """Run an idempotent call, retrying while NATS is out. Raises Unavailable after `deadline_s`."""
+    require_network_allowed()
     loop = asyncio.get_running_loop()
     give_up = loop.time() + deadline_s
     while True:

@@ -20,6 +20,7 @@ from nats.micro.service import EndpointConfig, Service, ServiceConfig
 from shoal_common import VERSION, telemetry
 from shoal_common.bus import subjects
 from shoal_common.bus.connection import Nats
+from shoal_common.bus.network_use import require_network_allowed
 from shoal_common.errors import Expired, InternalError, NodeDown, ShoalError, Unavailable, error_body, from_body
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages import decode, encode
@@ -53,6 +54,7 @@ class RpcClient:
         restart_wait_s: float = 0.0,
     ) -> T:
         """Call `service` on `node` and return its reply as `reply_type`."""
+        require_network_allowed()
         loop = asyncio.get_running_loop()
         patient_until_s = loop.time() + restart_wait_s
         give_up_s = loop.time() + max(deadline_s, restart_wait_s)

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 from msgspec import structs
 
-from shoal_common.errors import DISK_FULL, Corrupt, DiskFull, ShoalError
+from shoal_common.errors import Corrupt, ShoalError
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages.manifest import Manifest, ManifestFile
 from shoal_common.messages.storage import ReserveResult
@@ -24,6 +24,7 @@ from shoal_fetcher.downloads.events import Fetched, Reserved
 from shoal_fetcher.downloads.model_fetch import DownloadContext, FileFetcher, LeafListReader, WantedFiles
 from shoal_fetcher.errors import ReservationLost
 from shoal_fetcher.partials.bitmap_file import read_bitmap
+from shoal_fetcher.partials.disk_writes import map_full_disk_of
 from shoal_fetcher.progress import Progress
 from shoal_fetcher.sources.leaf_selection import CONFIG, first_leaves, header_leaves, stage_leaves, weight_files
 
@@ -181,19 +182,12 @@ class ShardFetch:
 
 def _write_small(path: Path, data: bytes) -> None:
     """Replace a small file, not durably: its digest verifies it. Raises ReservationLost, DiskFull."""
-    try:
-        if path.exists() and path.read_bytes() == data:
-            return
-        new = path.with_name(f"{path.name}.new")
-        new.write_bytes(data)
-        new.replace(path)
-    except FileNotFoundError:
-        raise ReservationLost(f"the reservation of blob {path.parent.name[:16]}… is gone") from None
-    except OSError as e:
-        if e.errno not in DISK_FULL:
-            raise
-        blob = path.parent.name
-        raise DiskFull(
-            f"disk full: {e.strerror} while writing blob {blob[:16]}…; free some space and the download resumes",
-            blob=blob,
-        ) from None
+    with map_full_disk_of(path.parent):
+        try:
+            if path.exists() and path.read_bytes() == data:
+                return
+            new = path.with_name(f"{path.name}.new")
+            new.write_bytes(data)
+            new.replace(path)
+        except FileNotFoundError:
+            raise ReservationLost(f"the reservation of blob {path.parent.name[:16]}… is gone") from None

@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
-from shoal_common.errors import DISK_FULL, DiskFull
+from shoal_common.store.disk_full import map_disk_full
 from shoal_fetcher.errors import ReservationLost
 
 _PROBE_BYTES = 4096
 """At most the least that a partial blob can lack: a probe must not need more than the fetch does."""
 
 
-@contextmanager
-def map_disk_full(directory: Path) -> Iterator[None]:
-    """Map a full disk to DiskFull."""
+def map_full_disk_of(directory: Path) -> AbstractContextManager[None]:
+    """Map a disk too full for a partial blob's files to DiskFull."""
     blob = directory.name
-    try:
-        yield
-    except OSError as e:
-        if e.errno not in DISK_FULL:
-            raise
-        raise DiskFull(
-            f"disk full: {e.strerror} while writing blob {blob[:16]}…; free some space and the download resumes",
-            blob=blob,
-        ) from None
+    return map_disk_full(f"writing blob {blob[:16]}…", "free some space and the download resumes", blob=blob)
 
 
 def probe_disk(directory: Path) -> None:
@@ -35,7 +25,7 @@ def probe_disk(directory: Path) -> None:
     The free space of a file system does not show a quota, and sending bytes in vain is not free.
     """
     path = directory / "probe"
-    with map_disk_full(directory):
+    with map_full_disk_of(directory):
         try:
             fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         except FileNotFoundError:

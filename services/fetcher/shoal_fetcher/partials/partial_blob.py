@@ -27,7 +27,7 @@ from shoal_fetcher.partials.bitmap_file import (
     relayable_leaves,
 )
 from shoal_fetcher.partials.blocking import LeafWorkers, run_in_default_executor
-from shoal_fetcher.partials.disk_writes import map_disk_full, write_all_at
+from shoal_fetcher.partials.disk_writes import map_full_disk_of, write_all_at
 
 log = StructuredLogger("partial")
 CHECKPOINT_LEAVES = 16
@@ -79,7 +79,7 @@ class PartialBlob:
 
     def _open(self) -> tuple[int, int]:
         """Return the durable leaves that must be hashed again, and those that only `ready` lists."""
-        with map_disk_full(self._directory):
+        with map_full_disk_of(self._directory):
             try:
                 self._fd = os.open(self._directory / "data", os.O_RDWR)
                 durable = from_bitmap(read_bitmap(self._directory, self.size_bytes).to_bytes())
@@ -115,7 +115,7 @@ class PartialBlob:
 
     def _write_ready_file(self) -> None:
         """Write `ready` again, with the leaves that are verified and no others."""
-        with map_disk_full(self._directory), self._bits_lock:
+        with map_full_disk_of(self._directory), self._bits_lock:
             if self._ready_file is not None:
                 self._ready_file.close()
             self._layout.relay_bitmap(self._blob).unlink(missing_ok=True)
@@ -213,7 +213,7 @@ class PartialBlob:
         return differing
 
     def _write_list(self, leaves: int) -> None:
-        with map_disk_full(self._directory):
+        with map_full_disk_of(self._directory):
             for first, end in leaf_ranges(leaves):
                 write_all_at(
                     self._list_fd, bytes(self._list[first * HASH_BYTES : end * HASH_BYTES]), first * HASH_BYTES
@@ -245,7 +245,7 @@ class PartialBlob:
         bit = 1 << leaf
         if self.written & bit and (self.relayable & bit or expected is None):
             return True
-        with map_disk_full(self._directory):
+        with map_full_disk_of(self._directory):
             write_all_at(self._fd, data, leaf * LEAF_BYTES)
             with self._bits_lock:
                 current = self.hash_of(leaf) if self.with_known_hash & bit else None
@@ -277,7 +277,7 @@ class PartialBlob:
         return added
 
     def _list_leaves(self, leaves: int) -> None:
-        with map_disk_full(self._directory):
+        with map_full_disk_of(self._directory):
             for leaf in each_leaf(leaves):
                 actual = leaf_hash(self.read(leaf))
                 self._list[leaf * HASH_BYTES : (leaf + 1) * HASH_BYTES] = actual
@@ -308,7 +308,7 @@ class PartialBlob:
 
     def _mismatching(self, leaves: int, rewrite: int) -> int:
         mismatching = 0
-        with map_disk_full(self._directory):
+        with map_full_disk_of(self._directory):
             for leaf in each_leaf(leaves):
                 bit, data = 1 << leaf, self.read(leaf)
                 if leaf_hash(data) != self.hash_of(leaf):
@@ -338,7 +338,7 @@ class PartialBlob:
             self.relayable &= ~leaves
             self._unsynced &= ~leaves
             self._durable &= ~leaves
-        with map_disk_full(self._directory):
+        with map_full_disk_of(self._directory):
             write_all_at(self._have_fd, to_bitmap(self._durable, self.leaf_count), 0)
         if self._ready_file is not None:
             self._write_ready_file()
@@ -376,7 +376,7 @@ class PartialBlob:
         if not unsynced:
             return
         try:
-            with map_disk_full(self._directory):
+            with map_full_disk_of(self._directory):
                 os.fsync(self._fd)
                 write_all_at(self._have_fd, to_bitmap(self._durable | unsynced, self.leaf_count), 0)
         except BaseException:

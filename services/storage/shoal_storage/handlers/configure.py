@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages.storage import Configure
-from shoal_common.service import ServiceContext
 from shoal_common.settings.declaration import Value
 from shoal_common.settings.node import StorageSettings
 from shoal_common.settings.values import by_section, changeable, overridden_by_env, read_settings, values_by_key
 from shoal_common.settings_file import change_settings
-from shoal_storage.ledger.ledger import Ledger
+from shoal_storage.context import StorageContext
 from shoal_storage.libraries.scanner import reject_overlap
+from shoal_storage.libraries.service import LibraryService
 from shoal_storage.settings import requested_changes, settings_warning
-from shoal_storage.store.store import Store
+from shoal_storage.volume_manager import VolumeManager
 
 log = StructuredLogger("storage")
 
@@ -25,51 +24,43 @@ CONFIGURE_DEADLINE_S = 30.0
 class ConfigureCommand:
     """Handles `configure`. Changes are applied one at a time."""
 
-    def __init__(
-        self,
-        context: ServiceContext,
-        store: Store,
-        ledger: Ledger,
-        settings: StorageSettings,
-        apply: Callable[[StorageSettings], Awaitable[None]],
-        publish: Callable[[], Awaitable[None]],
-        check: Callable[[StorageSettings], None],
-    ) -> None:
-        self._context, self._store, self._ledger, self._settings = context, store, ledger, settings
-        self._apply, self._publish, self._check = apply, publish, check
+    def __init__(self, context: StorageContext, volumes: VolumeManager, libraries: LibraryService) -> None:
+        self._context, self._service = context, context.service
+        self._volumes, self._libraries = volumes, libraries
         self._lock = asyncio.Lock()
 
     async def configure(self, command: Configure, _: str) -> dict[str, object]:
         """Change settings: first in the file, so that a restart keeps what was acknowledged, then in force."""
-        changes = requested_changes(command, self._context.environ)
+        changes = requested_changes(command, self._service.environ)
         # Once begun it completes, even past the command's deadline: the file and the settings in force stay equal.
-        return await self._context.detached.run(self._change(changes))
+        return await self._context.service.detached.run(self._change(changes))
 
     async def _change(self, changes: dict[str, Value]) -> dict[str, object]:
         async with self._lock:
             settings = await asyncio.to_thread(self._write, changes)
-            await self._apply(settings)
-            await self._publish()
-            before, self._settings = values_by_key(self._settings), settings
+            before, self._context.settings = values_by_key(self._context.settings), settings
+            await self._volumes.update()
+            await self._libraries.use_libraries(settings.libraries)
+            await self._context.publishing.publish()
             values = values_by_key(settings)
             if changed := {name: value for name, value in values.items() if value != before[name]}:
                 await self._context.events.emit("settings_changed", settings=changed)
         log.info("settings changed", **changes)
-        free = await asyncio.to_thread(self._store.free_bytes)
-        warning = settings_warning(settings, self._ledger.used_bytes, self._ledger.reserved_bytes, free)
+        ledger, free = self._context.ledger, await asyncio.to_thread(self._context.store.free_bytes)
+        warning = settings_warning(settings, ledger.used_bytes, ledger.reserved_bytes, free)
         result: dict[str, object] = {
             **values,
-            "used_bytes": self._ledger.used_bytes,
-            "overridden_by_env": overridden_by_env(changeable(StorageSettings), self._context.environ),
+            "used_bytes": ledger.used_bytes,
+            "overridden_by_env": overridden_by_env(changeable(StorageSettings), self._service.environ),
         }
         return result | ({"note": warning} if warning else {})
 
     def _write(self, changes: dict[str, Value]) -> StorageSettings:
         def accept(settings: dict[str, object]) -> StorageSettings:
             # Reads both sections whole: a fault made there since the start is refused now, not at the next start.
-            new_settings = read_settings(StorageSettings, settings, self._context.environ)
-            reject_overlap(new_settings.libraries, self._context.config.store)
-            self._check(new_settings)
+            new_settings = read_settings(StorageSettings, settings, self._service.environ)
+            reject_overlap(new_settings.libraries, self._service.config.store)
+            self._volumes.reject_unusable(new_settings)
             return new_settings
 
-        return change_settings(self._context.config.home, by_section(StorageSettings, changes), accept)
+        return change_settings(self._service.config.home, by_section(StorageSettings, changes), accept)

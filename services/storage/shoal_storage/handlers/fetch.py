@@ -1,16 +1,16 @@
-"""The fetch API: reserve, release, commit, seal and manifest, in one critical section over ledger and disk."""
+"""The fetch API: reserve, release, commit, seal and manifest."""
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Mapping
 
 from msgspec import structs
 
-from shoal_common.bus.kv_mirror import KvMirror
 from shoal_common.concurrency.cancellation import run_to_completion
 from shoal_common.concurrency.single_flight import SingleFlight
-from shoal_common.errors import BadInput, Corrupt, NotFound, Unavailable
+from shoal_common.errors import BadInput, Corrupt, NotFound
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages.envelope import Empty
 from shoal_common.messages.manifest import Manifest
@@ -25,24 +25,20 @@ from shoal_common.messages.storage import (
     SealModel,
 )
 from shoal_common.names import ModelRef, check_blob, check_commit
-from shoal_common.service import ServiceContext
-from shoal_common.settings.node import StorageSettings
 from shoal_common.store.leaf_hash import hash_leaf_list
-from shoal_storage.admission.admission import leaves_to_reserve, requested_leaves
+from shoal_storage.admission.admission import Admission
 from shoal_storage.admission.manifest_check import check_manifest
+from shoal_storage.context import StorageContext
 from shoal_storage.eviction.executor import EvictionExecutor
+from shoal_storage.eviction.model_deleter import ModelDeleter
 from shoal_storage.eviction.planner import to_message
 from shoal_storage.files import leaf_hash_file
 from shoal_storage.files.leaf_list_verify import CorruptLeaves, clear_leaves
-from shoal_storage.files.metadata_files import MetadataFiles
-from shoal_storage.handlers.deletion import DeletionService
 from shoal_storage.integrity.repair import create_partial
-from shoal_storage.leases.last_use import UsageView
-from shoal_storage.leases.service import LeaseService
 from shoal_storage.ledger.entries import PartialBlobInfo
-from shoal_storage.ledger.ledger import Ledger
 from shoal_storage.ledger.references import is_offered_by_library, matching_manifests
-from shoal_storage.publisher import StatePublisher
+from shoal_storage.publisher import read_model_state
+from shoal_storage.section import Held
 from shoal_storage.shards import ShardService
 from shoal_storage.store.commit import (
     commit_blob,
@@ -53,66 +49,33 @@ from shoal_storage.store.commit import (
     set_volume,
 )
 from shoal_storage.store.partials import has_partial, refresh_partial, verify_partial, write_partial
-from shoal_storage.store.store import Store
 
 log = StructuredLogger("storage")
 
-_REPUBLISH_RETRY_S = 5.0
-"""Delay before another attempt to publish what the disk holds."""
-
 
 class FetchApi:
-    """Handles a node's fetch requests. Every change of the ledger happens under `_section`."""
+    """Handles a node's fetch requests."""
 
     def __init__(
-        self,
-        context: ServiceContext,
-        store: Store,
-        ledger: Ledger,
-        settings: StorageSettings,
-        specs: KvMirror,
-        publisher: StatePublisher,
+        self, context: StorageContext, shards: ShardService, deleter: ModelDeleter, evictions: EvictionExecutor
     ) -> None:
-        self._context, self._store, self._ledger = context, store, ledger
-        self._publisher = publisher
-        self._section = asyncio.Lock()
-        self.metadata = MetadataFiles(store.layout, ledger)
-        self.shards = ShardService(store, ledger, self._section, self.metadata, publisher)
-        self.leases = LeaseService(context, store, ledger, self._section, self.shards, publisher)
-        usage = UsageView(context, specs, ledger, self.leases.refresh)
-        self.deletions = DeletionService(
-            context, store, ledger, self._section, self.metadata, self.shards, publisher, usage
-        )
-        self.evictions = EvictionExecutor(
-            context, store, ledger, settings, usage, publisher, self.deletions.delete_model
-        )
+        self._context, self._store, self._ledger = context, context.store, context.ledger
+        self._metadata, self._publishing = context.metadata, context.publishing
+        self._shards, self._deleter, self._evictions = shards, deleter, evictions
         self._committing = SingleFlight[CommittedBlob]()
-
-    @property
-    def section(self) -> asyncio.Lock:
-        """The lock under which ledger and disk are changed."""
-        return self._section
 
     # Requests
 
     async def reserve(self, request: Reserve) -> ReserveResult:
         """Approve a fetch and reserve its bytes, or raise QuotaExceeded."""
         check_manifest(request.manifest)
-        async with self._section:
-            manifest, sha256_by_git_name = await self._with_known_hashes(request.manifest)
-            model, sizes = manifest.model, manifest.blob_sizes
-            requested = requested_leaves(manifest, request.leaf_ranges, self._ledger)
-            wanted_leaves = leaves_to_reserve(model, requested, self._ledger)
-            # Reserved first, so that the model's own blobs are not evicted to make space for it.
-            with self._ledger.arrivals.reserving(model, sizes) as is_new:
-                admission, evicted = await self.evictions.admit(manifest, wanted_leaves)
-                if is_new:
-                    await asyncio.to_thread(self.metadata.write_reservation, model)
-                for blob in admission.missing:
-                    volume_id = admission.volume_by_blob[blob]
-                    await self._reserve_blob(blob, sizes[blob], model, wanted_leaves.get(blob), volume_id)
-                await asyncio.to_thread(self.metadata.record_wanted, model, time.time())
-        await self._publisher.publish_storage()
+        manifest, sha256_by_git_name = await self._with_known_hashes(request.manifest)
+
+        async def reserve(held: Held, admission: Admission, leaves: Mapping[str, int]) -> None:
+            await self._reserve(held, manifest, admission, leaves)
+
+        admission, evicted = await self._evictions.admit(manifest, request.leaf_ranges, reserve)
+        await self._publishing.publish_soon()
         log.info(
             "space reserved",
             model=manifest.model,
@@ -127,9 +90,20 @@ class FetchApi:
             evicted=eviction_plan,
         )
 
+    async def _reserve(self, held: Held, manifest: Manifest, admission: Admission, leaves: Mapping[str, int]) -> None:
+        model, sizes = manifest.model, manifest.blob_sizes
+        with self._ledger.arrivals.reserving(model, sizes) as is_new:
+            if is_new:
+                await asyncio.to_thread(self._metadata.write_reservation, model)
+            for blob in admission.missing:
+                volume_id = admission.volume_by_blob[blob]
+                await self._reserve_blob(held, blob, sizes[blob], model, leaves.get(blob), volume_id)
+            await asyncio.to_thread(self._metadata.record_wanted, model, time.time())
+
     async def _reserve_blob(
-        self, blob: str, size_bytes: int, model: str, wanted_leaves: int | None, volume_id: str
+        self, held: Held, blob: str, size_bytes: int, model: str, wanted_leaves: int | None, volume_id: str
     ) -> None:
+        held.require()
         arrivals, was_quarantined = self._ledger.arrivals, False
         existing = arrivals.partials.get(blob)
         if existing is None:
@@ -154,9 +128,8 @@ class FetchApi:
             if not f.sha256:
                 sha256 = self._ledger.sha256_of(f.blob)
                 if sha256 is None:
-                    sha256 = await asyncio.to_thread(
-                        find_by_git_sha1, self._store, f.git_sha1, f.size_bytes, self._ledger
-                    )
+                    candidates = [blob for blob, size in self._ledger.blobs.items() if size == f.size_bytes]
+                    sha256 = await asyncio.to_thread(find_by_git_sha1, self._store, f.git_sha1, candidates)
                 if sha256:
                     sha256_by_git_name[f.blob] = sha256
         files = [structs.replace(f, sha256=sha256_by_git_name.get(f.blob, f.sha256)) for f in manifest.files]
@@ -166,16 +139,16 @@ class FetchApi:
         """End a reservation. Bytes that only it needed are deleted."""
         model, blobs = request.model, [check_blob(blob) for blob in request.blobs]
         check_commit(ModelRef.parse(model).revision)
-        async with self._section:
+        async with self._evictions.turn, self._context.section as held:
             if model in self._ledger.stored_manifests:
-                await self.deletions.end_reservation(model)
+                await self._deleter.end_reservation(held, model)
             elif model in self._ledger.shards:
-                await self.shards.finish_shard(model)
+                await self._shards.finish_shard(held, model)
             else:
                 # A storage that was restarted remembers partial blobs only.
                 self._ledger.arrivals.extend_reservation(model, blobs)
-                await self.deletions.delete_model(model)
-        await self._publisher.publish_storage()
+                await self._deleter.delete_model(held, model)
+        await self._publishing.publish_soon()
         return Empty()
 
     async def commit(self, request: CommitBlob) -> CommittedBlob:
@@ -205,23 +178,23 @@ class FetchApi:
         except FileNotFoundError:
             raise NotFound(f"the partial blob {blob[:16]}… is gone; reserve it again") from None
         except CorruptLeaves as e:
-            async with self._section:
+            async with self._context.section as held:
                 self._require_unchanged(blob, partial)
                 await asyncio.to_thread(clear_leaves, self._store.layout, blob, partial.size_bytes, e.leaves)
-                await self.shards.drop_incomplete()
+                await self._shards.drop_incomplete(held)
             raise
         except Corrupt:
-            async with self._section:
+            async with self._context.section as held:
                 self._require_unchanged(blob, partial)
-                await self.shards.discard_corrupt_partial(blob)
+                await self._shards.discard_corrupt_partial(held, blob)
             raise
-        async with self._section:
+        async with self._context.section as held:
             self._require_unchanged(blob, partial)
             for model in self._ledger.arrivals.record_sha256(blob, digests.sha256):
-                await asyncio.to_thread(self.metadata.write_reservation, model)
+                await asyncio.to_thread(self._metadata.write_reservation, model)
             await asyncio.to_thread(commit_blob, self._store, blob, digests)
             self._ledger.commit_blob(blob, digests.sha256, digests.size_bytes)
-        await self._publisher.publish_storage()
+        await self._publishing.publish_soon()
         return CommittedBlob(
             sha256=digests.sha256,
             size_bytes=digests.size_bytes,
@@ -239,41 +212,43 @@ class FetchApi:
         check_manifest(manifest)
         if not manifest.sealed:
             raise BadInput(f"the manifest of {manifest.model} is not sealed: some files have no sha256")
-        async with self._section:
+        async with self._context.section as held:
             if is_offered_by_library(manifest, self._ledger):
                 # Everything requested is in a library, which offers it.
-                await self.shards.drop(manifest.model)
-                await self.deletions.end_reservation(manifest.model)
-                return await self._publisher.publish_model(manifest)
-            was_complete = manifest.model in self._ledger.manifests
-            stored = self._ledger.stored_manifests.get(manifest.model)
-            names = sorted({*manifest.revisions, *(stored.revisions if stored else [])})
-            # A commit never changes: the sealed manifest stays, and only gains names and leaf list digests.
-            manifest = structs.replace(stored or manifest, revisions=names)
-            await asyncio.to_thread(self._store.require_present)
-            await self._mark_missing(await asyncio.to_thread(self._store.missing_blobs, manifest))
-            require_all_blobs(manifest, self._ledger)
-            manifest = await asyncio.to_thread(leaf_hash_file.with_leaf_list_digests, self._store.layout, manifest)
-            if manifest == stored:
-                await asyncio.to_thread(link_view, self._store, manifest)
+                await self._shards.drop(held, manifest.model)
+                await self._deleter.end_reservation(held, manifest.model)
+                was_complete, state = True, await asyncio.to_thread(read_model_state, self._context, manifest)
             else:
-                await asyncio.to_thread(seal_model, self._store, manifest)
-            await self.shards.drop(manifest.model)
-            self._ledger.seal(manifest)
-            await asyncio.to_thread(self.metadata.record_arrival, manifest.model)
-            await self.deletions.end_reservation(manifest.model)
-            state = await self._publisher.publish_model(manifest)
-        await self._publisher.publish_storage()
+                was_complete, state = await self._seal(held, manifest)
+        await self._publishing.publish(manifest.model)
         if not was_complete:
             await self._context.events.emit("model_ready", model=manifest.model, size_bytes=manifest.size_bytes)
         log.info("model ready", model=manifest.model, size_bytes=manifest.size_bytes)
         return state
 
-    async def _mark_missing(self, blobs: list[str]) -> None:
-        """Drop blobs that were deleted by hand meanwhile, and unpublish the models that need them."""
-        for model in self._ledger.mark_missing(blobs, also_in_libraries=True):
+    async def _seal(self, held: Held, manifest: Manifest) -> tuple[bool, ModelState]:
+        """Write view and manifest. Returns whether the model was complete already, and its state to publish."""
+        was_complete = manifest.model in self._ledger.manifests
+        stored = self._ledger.stored_manifests.get(manifest.model)
+        names = sorted({*manifest.revisions, *(stored.revisions if stored else [])})
+        # A commit never changes: the sealed manifest stays, and only gains names and leaf list digests.
+        manifest = structs.replace(stored or manifest, revisions=names)
+        await asyncio.to_thread(self._store.require_present)
+        missing = await asyncio.to_thread(self._store.missing_blobs, manifest)
+        for model in self._ledger.mark_missing(missing, also_in_libraries=True):
             log.warning("model is incomplete, blobs were deleted; pull it again", model=model)
-            await self._publisher.unpublish_model(model)
+            self._publishing.notify(model)
+        require_all_blobs(manifest, self._ledger)
+        manifest = await asyncio.to_thread(leaf_hash_file.with_leaf_list_digests, self._store.layout, manifest)
+        if manifest == stored:
+            await asyncio.to_thread(link_view, self._store, manifest)
+        else:
+            await asyncio.to_thread(seal_model, self._store, manifest)
+        await self._shards.drop(held, manifest.model)
+        self._ledger.seal(manifest)
+        await asyncio.to_thread(self._metadata.record_arrival, manifest.model)
+        await self._deleter.end_reservation(held, manifest.model)
+        return was_complete, await asyncio.to_thread(read_model_state, self._context, manifest)
 
     async def manifest(self, request: GetManifest) -> Manifest:
         """Return the manifest of a complete model; with `include_incomplete` also of an incomplete one."""
@@ -288,33 +263,3 @@ class FetchApi:
         if not matches:
             raise NotFound(f"{ref} is not on node {self._context.node}")
         return await asyncio.to_thread(leaf_hash_file.with_leaf_list_digests, self._store.layout, matches[-1])
-
-    # Settings and publishing
-
-    def apply_settings(self, settings: StorageSettings) -> None:
-        """Use these settings from now on. The next `publish` publishes them."""
-        self.evictions.settings = settings
-        self._publisher.apply_settings(settings)
-
-    async def republish_after_reconnects(self) -> None:
-        """Publish everything again after each reconnect: a NATS that comes back may have lost its store."""
-        reconnects = self._context.nats.reconnects
-        seen = reconnects.count
-        while True:
-            seen = await reconnects.wait_after(seen)
-            await self._republish()
-
-    async def republish_removed_keys(self) -> None:
-        """Publish everything again whenever a published key is removed, as for a node retired while it lived."""
-        while True:
-            await self._publisher.wait_key_removed()
-            log.warning("published state of this disk was removed; publishing again")
-            await self._republish()
-
-    async def _republish(self) -> None:
-        try:
-            async with self._section:
-                await self._publisher.publish_all()
-        except Unavailable as e:
-            log.warning("cannot publish what the disk holds; retrying", reason=e.message)
-            await asyncio.sleep(_REPUBLISH_RETRY_S)

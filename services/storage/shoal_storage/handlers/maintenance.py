@@ -9,31 +9,21 @@ from shoal_common.errors import BadInput, NotFound, Refused
 from shoal_common.messages.envelope import Empty
 from shoal_common.messages.storage import CollectGarbage, EvictionPlan, Pin, PlanEviction, RecordUse
 from shoal_common.names import ModelRef
-from shoal_common.service import ServiceContext
+from shoal_storage.context import StorageContext
 from shoal_storage.eviction.executor import EvictionExecutor
-from shoal_storage.eviction.planner import find_garbage, to_message
-from shoal_storage.files.metadata_files import WRITE_INTERVAL_S, MetadataFiles
-from shoal_storage.ledger.ledger import Ledger
+from shoal_storage.eviction.planner import to_message
+from shoal_storage.files.metadata_files import WRITE_INTERVAL_S
 from shoal_storage.ledger.references import matching_manifests
-from shoal_storage.publisher import StatePublisher
 
 MAINTENANCE_DEADLINE_S = 60.0
 
 
 class MaintenanceApi:
-    """Handles them within the section."""
+    """Handles them."""
 
-    def __init__(
-        self,
-        context: ServiceContext,
-        ledger: Ledger,
-        section: asyncio.Lock,
-        evictions: EvictionExecutor,
-        metadata: MetadataFiles,
-        publisher: StatePublisher,
-    ) -> None:
-        self._node, self._ledger, self._section = context.node, ledger, section
-        self._evictions, self._metadata, self._publisher = evictions, metadata, publisher
+    def __init__(self, context: StorageContext, evictions: EvictionExecutor) -> None:
+        self._context, self._node, self._ledger = context, context.node, context.ledger
+        self._metadata, self._evictions = context.metadata, evictions
 
     # Requests
 
@@ -41,8 +31,7 @@ class MaintenanceApi:
         """Return what would be evicted for so many new bytes. Changes nothing."""
         if request.need_bytes < 0:
             raise BadInput(f"need_bytes is {request.need_bytes}: expected the number of new bytes, 0 or more")
-        async with self._section:
-            return to_message(await self._evictions.plan_for_new_bytes(request.need_bytes))
+        return to_message(await self._evictions.plan_for_new_bytes(request.need_bytes))
 
     async def record_use(self, request: RecordUse) -> Empty:
         """Record that models of this node were used now. Written to the disk later."""
@@ -55,7 +44,8 @@ class MaintenanceApi:
         """Pin or unpin a model: all its commits, or the one named. Durable before it is acknowledged."""
         ref = ModelRef.parse(command.model)
         revision = ref.revision if "@" in command.model else ""
-        async with self._section:
+        async with self._context.section as held:
+            held.require()
             models = [m.model for m in matching_manifests(ref.repo, revision, self._ledger.local_manifests.values())]
             if (
                 command.pinned
@@ -73,16 +63,14 @@ class MaintenanceApi:
                 )
             for model in models:
                 await asyncio.to_thread(self._metadata.pin if command.pinned else self._metadata.unpin, model)
-        await self._publisher.publish_storage()
+        await self._context.publishing.publish_soon()
         return {"models": models, "pinned": command.pinned}
 
     async def collect_garbage(self, _: CollectGarbage, __: str) -> dict[str, object]:
         """Delete unreferenced blobs."""
-        async with self._section:
-            garbage = find_garbage(self._ledger)
-            freed = await self._evictions.delete_garbage(garbage)
-        await self._publisher.publish_storage()
-        return {"freed_bytes": freed, "blobs": len(garbage)}
+        freed, count = await self._evictions.collect_garbage()
+        await self._context.publishing.publish_soon()
+        return {"freed_bytes": freed, "blobs": count}
 
     # Background
 
@@ -94,5 +82,6 @@ class MaintenanceApi:
 
     async def write_uses(self) -> None:
         """Make the recorded last uses durable."""
-        async with self._section:
+        async with self._context.section as held:
+            held.require()
             await asyncio.to_thread(self._metadata.write_uses)

@@ -9,7 +9,7 @@ import asyncio
 import os
 import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 
 import msgspec
 
@@ -18,14 +18,13 @@ from shoal_common.logs import StructuredLogger
 from shoal_common.messages.manifest import Manifest
 from shoal_common.messages.storage import Verify
 from shoal_common.names import ModelRef
-from shoal_common.service import ServiceContext
+from shoal_storage.context import StorageContext
 from shoal_storage.integrity import blob_check, quarantine, repair
-from shoal_storage.integrity.consequences import IntegrityPublisher, next_to_scrub
-from shoal_storage.ledger.ledger import Ledger
+from shoal_storage.integrity.consequences import drop_obsolete_quarantine, instances_using, next_to_scrub
 from shoal_storage.ledger.references import manifests_with_blob, matching_manifests
-from shoal_storage.publisher import StatePublisher
+from shoal_storage.libraries.service import LibraryService
 from shoal_storage.scan.unverified import UnverifiedBlobHasher
-from shoal_storage.store.store import Store
+from shoal_storage.section import Held
 
 log = StructuredLogger("storage")
 
@@ -66,19 +65,13 @@ class Verifier:
 
     def __init__(
         self,
-        context: ServiceContext,
-        store: Store,
-        ledger: Ledger,
-        section: asyncio.Lock,
-        integrity: IntegrityPublisher,
+        context: StorageContext,
         hasher: UnverifiedBlobHasher,
-        publisher: StatePublisher,
-        on_bad_library_blob: Callable[[str, blob_check.VerificationResult | None], Awaitable[list[str]]],
+        libraries: LibraryService,
         scrub_bytes_per_s: float = SCRUB_BYTES_PER_S,
     ) -> None:
-        self._context, self._store, self._ledger = context, store, ledger
-        self._section, self._integrity, self._hasher, self._publisher = section, integrity, hasher, publisher
-        self._on_bad_library_blob = on_bad_library_blob
+        self._context, self._store, self._ledger = context, context.store, context.ledger
+        self._hasher, self._libraries = hasher, libraries
         self._scrub_bytes_per_s = scrub_bytes_per_s
         self._hash_lock = asyncio.Lock()
         self._waiting_commands = 0
@@ -163,7 +156,7 @@ class Verifier:
                 abandoned.set()
         if checked is not None:
             report.checked += 1
-            report.checked_bytes += checked.size_bytes
+            report.checked_bytes += checked.stat.size_bytes
             if checked.intact:
                 self._verified_s[sha256] = time.monotonic()
                 if not checked.has_leaf_hash_file:
@@ -173,16 +166,18 @@ class Verifier:
             await self._handle_bad_library_blob(sha256, checked, report)
             return
         # Shielded from the command's deadline: stopping halfway would leave the ledger wrong.
-        await self._context.detached.run(self._handle_bad_blob(sha256, checked, report))
+        await self._context.service.detached.run(self._handle_bad_blob(sha256, checked, report))
 
     async def _write_leaf_hashes(self, checked: blob_check.VerificationResult) -> None:
-        async with self._section:
+        async with self._context.section as held:
+            held.require()
             try:
                 await asyncio.to_thread(quarantine.write_leaf_hashes, self._store, checked)
             except OSError as e:
                 log.warning("leaf hashes cannot be written", blob=checked.sha256, error=e.strerror)
 
-    async def _keep_good_leaves(self, checked: blob_check.VerificationResult) -> None:
+    async def _keep_good_leaves(self, held: Held, checked: blob_check.VerificationResult) -> None:
+        held.require()
         try:
             kept_bytes = await asyncio.to_thread(repair.record_good_leaves, self._store, checked)
         except OSError as e:  # a full disk: the blob is in quarantine all the same, and is downloaded whole
@@ -197,14 +192,14 @@ class Verifier:
         self, sha256: str, checked: blob_check.VerificationResult | None, report: VerifyReport
     ) -> None:
         (report.missing if checked is None else report.corrupt).append(sha256)
-        models = await self._on_bad_library_blob(sha256, checked)
+        models = await self._libraries.handle_bad_blob(sha256, checked)
         report.models += models
-        report.instances += self._integrity.instances_using(models)
+        report.instances += instances_using(self._context, models)
 
     async def _handle_bad_blob(
         self, sha256: str, checked: blob_check.VerificationResult | None, report: VerifyReport
     ) -> None:
-        async with self._section:
+        async with self._context.section as held:
             if sha256 not in self._ledger.blobs:
                 return  # deleted while it was hashed
             if checked is not None:
@@ -214,8 +209,8 @@ class Verifier:
                     return  # deleted and downloaded again while it was hashed: those bytes were verified on arrival
                 known_bytes = self._ledger.blobs[sha256]
                 models = self._ledger.quarantine(sha256)
-                if checked.size_bytes == known_bytes:
-                    await self._keep_good_leaves(checked)
+                if checked.stat.size_bytes == known_bytes:
+                    await self._keep_good_leaves(held, checked)
                 report.corrupt.append(sha256)
                 report.bad_leaves += checked.bad_leaf_count
             elif await asyncio.to_thread(self._store.layout.blob(sha256).exists):
@@ -227,7 +222,9 @@ class Verifier:
             else:
                 report.missing.append(sha256)
                 models = self._ledger.mark_missing([sha256])
-            instances = await self._integrity.unpublish(models)
+            await drop_obsolete_quarantine(held, self._context)
+            self._context.publishing.notify(*models)
+            instances = instances_using(self._context, models)
             report.models += models
             report.instances += instances
         log.warning(
@@ -238,6 +235,6 @@ class Verifier:
             models=",".join(models),
             instances=",".join(instances),
         )
-        await self._publisher.publish_storage()
+        await self._context.publishing.publish()
         if checked is not None:
             await self._context.events.emit("quarantined", blob=sha256, models=models, instances=instances)

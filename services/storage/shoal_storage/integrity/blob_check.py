@@ -15,7 +15,9 @@ from shoal_common.store.bitmap import LEAF_BYTES, Bitmap, leaf_count
 from shoal_common.store.blob_lookup import find_blob
 from shoal_common.store.leaf_hash import HASH_BYTES
 from shoal_storage.files import leaf_hash_file
+from shoal_storage.files.blob_stat import blob_file_stat
 from shoal_storage.files.hashing import hash_ahead
+from shoal_storage.ledger.entries import BlobFileStat
 from shoal_storage.store.store import Store
 
 _UNREADABLE = (errno.EIO, errno.EBADMSG, getattr(errno, "EUCLEAN", errno.EIO))
@@ -25,24 +27,25 @@ _MAX_UNREADABLE_LEAVES = 64
 
 
 class VerificationResult(msgspec.Struct, frozen=True):
-    """Result of hashing a blob, with the identity of the hashed file."""
+    """Result of hashing a file in a blob's place."""
 
     sha256: str
-    size_bytes: int
+    stat: BlobFileStat
+    """Of the file that was hashed."""
     intact: bool
-    inode: int
-    mtime_ns: int
-    leaf_hashes: bytes
+    leaf_hashes: bytes = b""
     """BLAKE3 of each leaf, concatenated; for an unreadable leaf, the hash of no bytes."""
-    has_leaf_hash_file: bool
+    has_leaf_hash_file: bool = False
     """Whether the leaf hash file in `leaves/` matches this very file."""
     good_leaves: Bitmap | None = None
     """Leaves of a corrupt blob that still match their recorded hashes; None if no hashes tell."""
+    reason: str = "its bytes have another hash"
+    """Why a file is corrupt."""
 
     @property
     def bad_leaf_count(self) -> int:
         """Leaves to download again; all of them when no hashes tell which are good."""
-        count = 0 if self.intact else leaf_count(self.size_bytes)
+        count = 0 if self.intact else leaf_count(self.stat.size_bytes)
         return count if self.good_leaves is None else sum(leaf not in self.good_leaves for leaf in range(count))
 
 
@@ -69,9 +72,8 @@ def hash_blob(store: Store, sha256: str, before_leaf: Callable[[int], None]) -> 
     intact = digest.hexdigest() == sha256
     good = None if intact or recorded is None else _good_leaves(status.st_size, recorded, bytes(leaf_hashes))
     listed = intact and recorded == bytes(leaf_hashes) and leaf_hash_file.is_verified(store.layout, sha256)
-    return VerificationResult(
-        sha256, status.st_size, intact, status.st_ino, status.st_mtime_ns, bytes(leaf_hashes), listed, good
-    )
+    stat = blob_file_stat(sha256, status, store.layout.volume_of(sha256))
+    return VerificationResult(sha256, stat, intact, bytes(leaf_hashes), listed, good)
 
 
 def _good_leaves(size_bytes: int, recorded: bytes, current: bytes) -> Bitmap | None:

@@ -49,11 +49,11 @@ def write_leaf_hashes(store: Store, result: VerificationResult) -> None:
     except FileNotFoundError:
         return
     if _is_checked_file(status, result):
-        leaf_hash_file.write(store.layout, result.sha256, result.leaf_hashes, result.mtime_ns)
+        leaf_hash_file.write(store.layout, result.sha256, result.leaf_hashes, result.stat.mtime_ns)
 
 
 def _is_checked_file(status: os.stat_result, checked: VerificationResult) -> bool:
-    return (status.st_ino, status.st_mtime_ns) == (checked.inode, checked.mtime_ns)
+    return (status.st_ino, status.st_mtime_ns) == (checked.stat.inode, checked.stat.mtime_ns)
 
 
 def quarantined_blobs(store: Store) -> set[str]:

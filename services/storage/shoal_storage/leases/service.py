@@ -11,15 +11,13 @@ from shoal_common.logs import StructuredLogger
 from shoal_common.messages.envelope import Empty
 from shoal_common.messages.leases import AcquireLease, LeaseGrant, ReleaseLease
 from shoal_common.names import ModelRef, check_holder, check_id
-from shoal_common.service import ServiceContext
 from shoal_common.store import leaf_set
+from shoal_storage.context import StorageContext
 from shoal_storage.leases import lease_files
 from shoal_storage.ledger.lease import LOCK_DEADLINE_S, MAX_LEASES, ModelLease, describe_holder, has_ended
-from shoal_storage.ledger.ledger import Ledger
 from shoal_storage.ledger.references import find_shard, matching_manifests
-from shoal_storage.publisher import StatePublisher
+from shoal_storage.section import Held
 from shoal_storage.shards import ShardService
-from shoal_storage.store.store import Store
 
 log = StructuredLogger("leases")
 
@@ -30,19 +28,11 @@ _ID_BYTES = 8
 class LeaseService:
     """Keeps the ledger's `leases` and the lease directories on disk in step."""
 
-    def __init__(
-        self,
-        context: ServiceContext,
-        store: Store,
-        ledger: Ledger,
-        section: asyncio.Lock,
-        shards: ShardService,
-        publisher: StatePublisher,
-    ) -> None:
-        self._node, self._store, self._ledger = context.node, store, ledger
-        self._section, self._shards, self._publisher = section, shards, publisher
+    def __init__(self, context: StorageContext, shards: ShardService) -> None:
+        self._context, self._node, self._shards = context, context.node, shards
+        self._store, self._ledger = context.store, context.ledger
         self._has_leases = asyncio.Event()
-        if ledger.uses.leases:
+        if context.ledger.uses.leases:
             self._has_leases.set()
 
     # Requests
@@ -51,8 +41,8 @@ class LeaseService:
         """Return a view for one caller, kept while it holds the lock. Raises NotFound, Busy, Failed, OSError."""
         ref, holder = ModelRef.parse(request.model), check_holder(request.holder)
         instance = check_id(request.instance) if request.instance else ""
-        async with self._section:
-            await self.refresh()
+        async with self._context.section as held:
+            await self.refresh(held)
             if len(self._ledger.uses.leases) >= MAX_LEASES:
                 raise Busy(
                     f"node {self._node} has the maximum of {MAX_LEASES} leases: see who holds them with "
@@ -64,7 +54,7 @@ class LeaseService:
                 missing = f"layers {request.layers} of {ref} are" if request.layers else f"{ref} is"
                 raise NotFound(f"{missing} not on node {self._node}: pull it there first with `shoal pull`")
             if shard is not None:
-                await self._shards.require_complete(shard)
+                await self._shards.require_complete(held, shard)
             manifest = shard.manifest if shard else complete[-1]
             leaves = shard.leaves if shard else {}
             lease = ModelLease(
@@ -81,7 +71,7 @@ class LeaseService:
                 await asyncio.to_thread(lease_files.create_lease, self._store, lease)
             except FileNotFoundError as e:
                 if shard is not None:
-                    await self._shards.drop(manifest.model)
+                    await self._shards.drop(held, manifest.model)
                 raise NotFound(
                     f"{manifest.model} on node {self._node} is missing files ({e.filename}): pull it again"
                 ) from None
@@ -94,7 +84,7 @@ class LeaseService:
                 ) from None
             self._ledger.uses.add_lease(lease)
             self._has_leases.set()
-        await self._publisher.publish_storage()
+        await self._context.publishing.publish_soon()
         log.info("lease granted", model=lease.model, lease=lease.id, holder=holder)
         paths = self._store.layout
         return LeaseGrant(
@@ -110,7 +100,8 @@ class LeaseService:
     async def release(self, request: ReleaseLease) -> Empty:
         """End a lease at once; an absent lease is fine. Raises InUse while its lock is held, whoever asks (I4)."""
         name = check_id(request.id)
-        async with self._section:
+        async with self._context.section as held:
+            held.require()
             if not await asyncio.to_thread(lease_files.remove_unless_held, self._store, name):
                 lease = self._ledger.uses.leases.get(name)
                 raise InUse(
@@ -120,26 +111,28 @@ class LeaseService:
                 )
             ended = self._ledger.uses.end_lease(name)
         if ended is not None:
-            await self._publisher.publish_storage()
+            await self._context.publishing.publish_soon()
             log.info("lease returned", model=ended.model, lease=name, holder=ended.holder)
         return Empty()
 
     # Expiry
 
-    async def refresh(self) -> bool:
-        """Refresh which leases are held, remove ended ones; return whether any changed. In the critical section."""
+    async def refresh(self, held: Held) -> bool:
+        """Refresh which leases are held, remove ended ones; return whether any changed."""
+        held.require()
         leases, changed = self._ledger.uses.leases, False
         status = await asyncio.to_thread(lease_files.check_locks, self._store.layout, list(leases)) if leases else {}
-        for name, (held, pid) in status.items():
+        for name, (is_held, pid) in status.items():
             changed = changed or pid != leases[name].pid
-            lease = self._ledger.uses.record_lock(name, held, pid)
-            if has_ended(lease, held, time.monotonic()) and await self._end(lease):
+            lease = self._ledger.uses.record_lock(name, is_held, pid)
+            if has_ended(lease, is_held, time.monotonic()) and await self._end(held, lease):
                 changed = True
         if not leases:
             self._has_leases.clear()
         return changed
 
-    async def _end(self, lease: ModelLease) -> bool:
+    async def _end(self, held: Held, lease: ModelLease) -> bool:
+        held.require()
         try:
             if not await asyncio.to_thread(lease_files.remove_unless_held, self._store, lease.id):
                 return False  # its lock was taken just now
@@ -154,8 +147,8 @@ class LeaseService:
         """Remove, forever, leases whose holder has exited, within seconds. Idle while there are no leases."""
         while True:
             await self._has_leases.wait()
-            async with self._section:
-                changed = await self.refresh()
+            async with self._context.section as held:
+                changed = await self.refresh(held)
             if changed:
-                await self._publisher.publish_storage()
+                self._context.publishing.notify()
             await asyncio.sleep(_CHECK_INTERVAL_S)

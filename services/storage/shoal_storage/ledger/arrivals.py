@@ -10,6 +10,7 @@ from typing import Final
 
 import msgspec
 
+from shoal_common.messages.manifest import Manifest
 from shoal_common.store import leaf_set
 from shoal_storage.ledger.blob_volumes import BlobVolumes
 from shoal_storage.ledger.entries import PartialBlobInfo
@@ -94,12 +95,28 @@ class Arrivals:
         try:
             yield self._reservations[model] != before
         except BaseException:
-            if before is None:
-                self._reservations.pop(model, None)
-            else:
-                self._reservations[model] = before
+            self._restore(model, before)
             raise
         self._ended_reservations.discard(model)
+
+    @contextmanager
+    def counted_as_reserved(self, manifest: Manifest | None) -> Iterator[None]:
+        """Count a manifest as reserved while the body makes space for it, so that its own blobs stay."""
+        if manifest is None:
+            yield
+            return
+        before = self._reservations.get(manifest.model)
+        self.reserve(manifest.model, manifest.blob_sizes)
+        try:
+            yield
+        finally:
+            self._restore(manifest.model, before)
+
+    def _restore(self, model: str, before: frozenset[str] | None) -> None:
+        if before is None:
+            self._reservations.pop(model, None)
+        else:
+            self._reservations[model] = before
 
     def extend_reservation(self, model: str, blobs: Iterable[str]) -> None:
         """Let a model's reservation, or a new one, count on these blobs too."""

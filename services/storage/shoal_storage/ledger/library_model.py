@@ -53,6 +53,15 @@ class LibraryModel(msgspec.Struct, frozen=True):
     """sha256 by `git-<sha1>`, for files with both hashes known."""
 
 
+def blob_files(models: Mapping[str, LibraryModel]) -> dict[str, LibraryFile]:
+    """Return the blobs of these models, by sha256, each with one file that has its bytes."""
+    files: dict[str, LibraryFile] = {}
+    for _, model in sorted(models.items()):
+        for f in model.manifest.files:
+            files.setdefault(f.sha256, model.files[f.path])
+    return files
+
+
 class LibraryModels:
     """The models of all libraries. Present, but not part of the store: no quota, never garbage, never victims."""
 
@@ -70,13 +79,11 @@ class LibraryModels:
 
     def set_models(self, models: Mapping[str, LibraryModel]) -> None:
         """Set the models, replacing all earlier ones."""
-        blobs, sha256_by_git_name = dict[str, LibraryFile](), dict[str, str]()
+        sha256_by_git_name = dict[str, str]()
         for _, model in sorted(models.items()):
-            for f in model.manifest.files:
-                blobs.setdefault(f.sha256, model.files[f.path])
             sha256_by_git_name.update(model.sha256_by_git_name)
+        replace_entries(self._blobs, blob_files(models))
         replace_entries(self._models, models)
-        replace_entries(self._blobs, blobs)
         replace_entries(self._sha256_by_git_name, sha256_by_git_name)
 
     def mark_missing(self, blob: str) -> None:

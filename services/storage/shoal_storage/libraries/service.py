@@ -7,19 +7,19 @@ Nothing is ever written to a library. Files are hashed outside the critical sect
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import msgspec
 from msgspec import structs
 
 from shoal_common.errors import ShoalError
 from shoal_common.logs import StructuredLogger
+from shoal_common.messages.manifest import Manifest
 from shoal_common.messages.storage import LibraryState
-from shoal_common.service import ServiceContext
+from shoal_storage.context import StorageContext
 from shoal_storage.files.real_path import resolve_path
 from shoal_storage.integrity.blob_check import VerificationResult
-from shoal_storage.ledger.ledger import Ledger
-from shoal_storage.ledger.library_model import LibraryFile, LibraryModel, VerifiedFile
+from shoal_storage.ledger.library_model import LibraryFile, LibraryModel, VerifiedFile, blob_files
 from shoal_storage.libraries.recognize import (
     AcceptanceResult,
     ModelCandidate,
@@ -29,10 +29,9 @@ from shoal_storage.libraries.recognize import (
     recognize,
 )
 from shoal_storage.libraries.scanner import LibraryUnreadable, hash_file, list_library
-from shoal_storage.publisher import StatePublisher
+from shoal_storage.section import Held
 from shoal_storage.store import library_records
 from shoal_storage.store.commit import link_view
-from shoal_storage.store.store import Store
 
 log = StructuredLogger("libraries")
 
@@ -59,18 +58,10 @@ class _HashAborted(Exception):
 class LibraryService:
     """Keeps the ledger's library models, and the store's records of them, in step with the libraries."""
 
-    def __init__(
-        self,
-        context: ServiceContext,
-        store: Store,
-        ledger: Ledger,
-        section: asyncio.Lock,
-        publisher: StatePublisher,
-        libraries: Iterable[str],
-    ) -> None:
-        self._context, self._store, self._ledger = context, store, ledger
-        self._section, self._publisher, self._libraries = section, publisher, tuple(libraries)
-        self._layout = store.layout
+    def __init__(self, context: StorageContext) -> None:
+        self._context, self._store, self._ledger = context, context.store, context.ledger
+        self._libraries = context.settings.libraries
+        self._layout = context.store.layout
         self._scans: dict[str, _LibraryScan] = {}
         self._scanning: dict[str, asyncio.Task[_LibraryScan]] = {}
         self._verified: dict[str, VerifiedFile] = {}
@@ -84,6 +75,7 @@ class LibraryService:
         self._recorded: dict[str, LibraryFile] = {}
         self._unsaved, self._saved_s = False, 0.0
         self._reported_corrupt: set[str] | None = None
+        self._states: list[LibraryState] = []
         self._started = False
         self._scan_lock, self._apply_lock = asyncio.Lock(), asyncio.Lock()
         self._scan_now, self._hash_now = asyncio.Event(), asyncio.Event()
@@ -116,8 +108,10 @@ class LibraryService:
     async def refresh(self) -> None:
         """Scan all libraries by listing and stat. New files are hashed afterwards, in the background."""
         async with self._scan_lock:
-            scans = await asyncio.gather(*(self._scan(path) for path in self._libraries))
-            self._scans = dict(zip(self._libraries, scans, strict=False))
+            libraries = self._libraries
+            scans = dict(zip(libraries, await asyncio.gather(*map(self._scan, libraries)), strict=True))
+            # The setting may have changed meanwhile; a library that came is scanned next.
+            self._scans = {path: scan for path, scan in scans.items() if path in self._libraries}
             self._unusable.clear()
             self._drop_obsolete_hashes()
             await self._update()
@@ -127,7 +121,7 @@ class LibraryService:
         before = set(self._ledger.complete_manifests)
         file = self._ledger.libraries.blobs.get(sha256)
         known = self._verified.get(file.absolute_path) if file else None
-        if file and known and checked and checked.mtime_ns == file.stat.mtime_ns and known.stat == file.stat:
+        if file and known and checked and checked.stat.mtime_ns == file.stat.mtime_ns and known.stat == file.stat:
             self._verified[file.absolute_path] = structs.replace(known, corrupt=True)
             self._unsaved = True
             await self._save(now=True)
@@ -261,61 +255,67 @@ class LibraryService:
             self._needed_paths = frozenset(f.absolute_path for c in acceptance.waiting for f in c.files)
             # Saved before models are published: after a kill nothing has to be hashed again.
             await self._save(now=not acceptance.waiting)
-            async with self._section:
-                await self._apply(acceptance.accepted)
+            await self._apply(acceptance.accepted)
             await self._report_corrupt(acceptance)
-            self._publisher.libraries = self._states()
+            self._states = [self._state(path) for path in self._libraries]
             if self._started:  # startup publishes everything once by itself
-                await self._publisher.publish_storage()
+                await self._context.publishing.publish_soon()
         self._hash_now.set()
 
     async def _apply(self, accepted: dict[str, LibraryModel]) -> None:
-        """Unpublish and offer library models, then update the store's models. Within the critical section."""
+        """Unpublish and offer library models, then update the store's: one model in each hold of the section."""
         ledger = self._ledger
-        unchanged = {
-            m: library_model
-            for m, library_model in ledger.libraries.models.items()
-            if accepted.get(m) == library_model
-        }
-        withdrawn = [
-            m for m in {**ledger.libraries.models, **dict.fromkeys(self._offered_earlier)} if m not in accepted
-        ]
+        async with self._context.section as held:
+            held.require()
+            earlier = dict(ledger.libraries.models)
+            ledger.libraries.set_models({m: a for m, a in earlier.items() if m in accepted})
+        for model in [m for m in {**earlier, **dict.fromkeys(self._offered_earlier)} if m not in accepted]:
+            await self._withdraw(model)
         self._offered_earlier.clear()
-        ledger.libraries.set_models(unchanged)
-        for model in withdrawn:
-            await self._unpublish(model)
-        await self._offer({m: a for m, a in accepted.items() if m not in unchanged})
-        incomplete, completed = ledger.recompute_completeness()
+        await self._offer({m: a for m, a in accepted.items() if earlier.get(m) != a})
+        async with self._context.section as held:
+            held.require()
+            incomplete, completed = ledger.recompute_completeness()
+            self._context.publishing.notify(*incomplete)
         for model in incomplete:
-            await self._publisher.unpublish_model(model)
             log.warning("model is incomplete, it used files of a library; pull it again", model=model)
-        for model, manifest in list(ledger.manifests.items()):
-            if all(blob in ledger.blobs for blob in manifest.blob_sizes):
-                continue
-            try:
-                # Its library blobs may be in other files now.
-                await asyncio.to_thread(link_view, self._store, manifest)
-                if model in completed:
-                    await self._publisher.publish_model(manifest)
-                    log.info("model is complete again, with files of a library", model=model)
-            except OSError as e:
-                log.warning("view of a model with library files cannot be built", model=model, error=str(e))
+        for model in [m.model for m in ledger.manifests.values() if self._uses_libraries(m)]:
+            async with self._context.section as held:
+                await self._link(held, model, model in completed)
 
-    async def _unpublish(self, model: str) -> None:
-        in_store = model in self._ledger.stored_manifests
-        if not in_store:
-            await self._publisher.unpublish_model(model)
-        await asyncio.to_thread(library_records.unmark_offered, self._layout, model, not in_store)
+    def _uses_libraries(self, manifest: Manifest) -> bool:
+        return not all(blob in self._ledger.blobs for blob in manifest.blob_sizes)
+
+    async def _link(self, held: Held, model: str, is_completed: bool) -> None:
+        """Link the view of a model of the store that uses files of libraries: they may be others now."""
+        held.require()
+        manifest = self._ledger.manifests.get(model)
+        if manifest is None or not self._uses_libraries(manifest):
+            return
+        try:
+            await asyncio.to_thread(link_view, self._store, manifest)
+        except OSError as e:
+            log.warning("view of a model with library files cannot be built", model=model, error=str(e))
+            return
+        if is_completed:
+            self._context.publishing.notify(model)
+            log.info("model is complete again, with files of a library", model=model)
+
+    async def _withdraw(self, model: str) -> None:
+        async with self._context.section as held:
+            held.require()
+            in_store = model in self._ledger.stored_manifests
+            await asyncio.to_thread(library_records.unmark_offered, self._layout, model, not in_store)
+            self._context.publishing.notify(model)
         log.warning("library model is gone or has changed", model=model)
         await self._context.events.emit("library_model_removed", model=model)
 
     async def _offer(self, new_models: dict[str, LibraryModel]) -> None:
         """Offer new library models, except those the store cannot record: its disk may be full."""
-        before = self._ledger.libraries.models
-        self._ledger.libraries.set_models({**before, **new_models})
+        # Recorded before the ledger has them: who finds a model there finds its files.
         failed: dict[str, OSError] = {}
         try:
-            await self._record_locations()
+            await self._record_locations(new_models)
         except OSError as e:
             failed = dict.fromkeys(new_models, e)
             log.warning("locations of library blobs cannot be recorded", error=str(e))
@@ -323,9 +323,8 @@ class LibraryService:
             library_model = new_models[model]
             try:
                 is_new = await asyncio.to_thread(library_records.mark_offered, self._layout, model)
-                if model in self._ledger.offered_library_models:
-                    await asyncio.to_thread(library_records.build_view, self._layout, library_model)
-                    await self._publisher.publish_model(library_model.manifest)
+                async with self._context.section as held:
+                    await self._add(held, library_model)
             except OSError as e:
                 failed[model] = e
                 continue
@@ -337,13 +336,23 @@ class LibraryService:
             self._unusable[new_models[model].directory] = reason
             log.warning("library model not offered", directory=new_models[model].directory, reason=reason)
         if failed:
-            self._ledger.libraries.set_models(
-                {m: a for m, a in self._ledger.libraries.models.items() if m not in failed}
-            )
+            async with self._context.section as held:
+                held.require()
+                libraries = self._ledger.libraries
+                libraries.set_models({m: a for m, a in libraries.models.items() if m not in failed})
+                self._context.publishing.notify(*failed)
 
-    async def _record_locations(self) -> None:
+    async def _add(self, held: Held, library_model: LibraryModel) -> None:
+        held.require()
+        ledger, model = self._ledger, library_model.manifest.model
+        if model not in ledger.stored_manifests:
+            await asyncio.to_thread(library_records.build_view, self._layout, library_model)
+        ledger.libraries.set_models({**ledger.libraries.models, model: library_model})
+        self._context.publishing.notify(model)
+
+    async def _record_locations(self, new_models: Mapping[str, LibraryModel]) -> None:
         """Record where each library blob is; delete all other records."""
-        blobs = dict(self._ledger.libraries.blobs)
+        blobs = blob_files({**self._ledger.libraries.models, **new_models})
         if blobs != self._recorded or not blobs:
             changed = {sha256: f for sha256, f in blobs.items() if self._recorded.get(sha256) != f}
             await asyncio.to_thread(library_records.record_locations, self._layout, changed, blobs)
@@ -360,8 +369,9 @@ class LibraryService:
                     await self._context.events.emit("library_model_corrupt", path=path, directory=directory)
         self._reported_corrupt = set(acceptance.corrupt)
 
-    def _states(self) -> list[LibraryState]:
-        return [self._state(path) for path in self._libraries]
+    def states(self) -> list[LibraryState]:
+        """Return the published state of all libraries, as of the last update."""
+        return self._states
 
     def _state(self, library: str) -> LibraryState:
         scan = self._scans.get(library)

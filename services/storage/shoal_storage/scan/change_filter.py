@@ -1,4 +1,4 @@
-"""Decide whether a changed path is worth a scan. Blocking; within the critical section.
+"""Decide whether a changed path is worth a scan. Blocking.
 
 The file system reports storage's own writes too; there disk and ledger agree, and no scan follows.
 """

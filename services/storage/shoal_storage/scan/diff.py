@@ -33,6 +33,16 @@ class StoreDiff(msgspec.Struct, frozen=True):
     """Complete models with view files that are missing or are not the blobs."""
     foreign: ForeignFiles
 
+    @property
+    def changed_blobs(self) -> set[str]:
+        """The blobs that differ from the ledger in anything."""
+        return {*self.lost_blobs, *self.unverified, *self.moved_blobs, *self.unverified_gone, *self.redundant_copies}
+
+    @property
+    def changed_models(self) -> set[str]:
+        """The models that differ from the ledger in anything."""
+        return {*self.removed_models, *self.changed_manifests, *self.unlinked_models}
+
     def changes_ledger(self, ledger: Ledger) -> bool:
         """Return whether anything differs from the ledger."""
         changes = (

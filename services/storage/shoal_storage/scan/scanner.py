@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -13,10 +15,10 @@ from shoal_common.messages import decode
 from shoal_common.messages.manifest import Manifest
 from shoal_common.store.store_paths import StorePaths, model_from_directory
 from shoal_storage.admission.manifest_check import check_manifest
-from shoal_storage.files.blob_stat import entries_of, files_of, is_blob_name, list_blobs
+from shoal_storage.files.blob_stat import blob_file_stat, entries_of, files_of, is_blob_name, list_blobs
 from shoal_storage.files.volume_paths import VolumePaths
 from shoal_storage.ledger.entries import BlobFileStat, ForeignFiles
-from shoal_storage.store.views import is_blob_path
+from shoal_storage.store.views import is_blob_path, links_to_blob
 
 _MAX_NAMED = 5
 _MAX_COUNTED = 100_000
@@ -57,6 +59,49 @@ def read_manifest(layout: StorePaths, path: Path) -> Manifest:
     if not manifest.sealed or path != layout.manifest(manifest.repo, manifest.commit):
         raise BadName(f"it is the manifest of {manifest.model}, unsealed or misplaced")
     return manifest
+
+
+def rescan(layout: VolumePaths, scan: StoreScan, blobs: Iterable[str], models: Iterable[str]) -> None:
+    """Update a scan by the present state of these blobs and models (`org/name@commit`). Raises OSError."""
+    for sha256 in blobs:
+        scan.blobs.pop(sha256, None)
+        scan.redundant_copies.pop(sha256, None)
+        copies = []
+        for volume_id, _ in layout.each_volume():
+            with suppress(FileNotFoundError, NotADirectoryError):
+                status = layout.blob_on(volume_id, sha256).lstat()
+                if stat.S_ISREG(status.st_mode):
+                    copies.append(blob_file_stat(sha256, status, volume_id))
+        if copies:
+            _choose_copy(layout, scan, sha256, copies)
+    for model in models:
+        repo, _, commit = model.rpartition("@")
+        scan.manifests.pop(model, None)
+        scan.unreadable_models.discard(model)
+        scan.unlinked_models.discard(model)
+        try:
+            scan.manifests[model] = manifest = read_manifest(layout, layout.manifest(repo, commit))
+        except (ShoalError, FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            continue
+        except OSError:
+            scan.unreadable_models.add(model)
+            continue
+        in_store = [f for f in manifest.files if f.sha256 in scan.blobs]
+        if not all(links_to_blob(layout.view_file(manifest, f.path), layout.blob(f.sha256)) for f in in_store):
+            scan.unlinked_models.add(model)
+
+
+def _choose_copy(
+    layout: VolumePaths, scan: StoreScan, sha256: str, copies: Iterable[BlobFileStat]
+) -> list[BlobFileStat]:
+    """Add a blob that is present, maybe more than once, to a scan. Returns the copies that are foreign files."""
+    expected = layout.volume_of(sha256)
+    chosen, *others = sorted(copies, key=lambda s: (not s.is_verified, s.volume_id != expected))
+    scan.blobs[sha256] = chosen
+    for other in others:
+        if other.is_verified:
+            scan.redundant_copies.setdefault(sha256, {})[other.volume_id] = other.size_bytes
+    return [other for other in others if not other.is_verified]
 
 
 class _Scanner:
@@ -103,14 +148,8 @@ class _Scanner:
                 self._inodes.update(stamp.inode for stamp in blobs.values())
                 self._times.update((stamp.size_bytes, stamp.mtime_ns) for stamp in blobs.values())
         for sha256, stamps in copies.items():
-            expected = self._layout.volume_of(sha256)
-            chosen, *others = sorted(stamps, key=lambda s: (not s.is_verified, s.volume_id != expected))
-            self.result.blobs[sha256] = chosen
-            for other in others:
-                if other.is_verified:
-                    self.result.redundant_copies.setdefault(sha256, {})[other.volume_id] = other.size_bytes
-                else:
-                    self._count_foreign(self._layout.blob_on(other.volume_id, sha256))
+            for foreign in _choose_copy(self._layout, self.result, sha256, stamps):
+                self._count_foreign(self._layout.blob_on(foreign.volume_id, sha256))
 
     def _scan_manifests(self) -> None:
         for directory in entries_of(self._layout.manifests):

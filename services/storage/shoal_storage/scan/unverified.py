@@ -11,35 +11,25 @@ import os
 import time
 from pathlib import Path
 
-import msgspec
-
 from shoal_common.errors import ShoalError
 from shoal_common.logs import StructuredLogger
 from shoal_common.store.verification_stamp import clear_stamp, write_stamp
+from shoal_storage.context import StorageContext
 from shoal_storage.files import leaf_hash_file
 from shoal_storage.files.atomic_file import fsync_path
 from shoal_storage.files.blob_stat import VERIFIED_MODE, stat_blob
-from shoal_storage.integrity import blob_check
+from shoal_storage.integrity.blob_check import VerificationResult, hash_blob
 from shoal_storage.integrity.consequences import drop_obsolete_quarantine
 from shoal_storage.ledger.entries import BlobFileStat
 from shoal_storage.ledger.ledger import Ledger
-from shoal_storage.scan.reconciler import StoreReconciler
+from shoal_storage.scan.reconciler import ModelChanges, StoreReconciler
+from shoal_storage.section import Held
 from shoal_storage.store.store import Store
 
 log = StructuredLogger("storage")
 
 UNMODIFIED_FOR_S = 1.0
 """Seconds without a write after which a file counts as complete: a copy either goes on or has ended."""
-
-
-class FileHash(msgspec.Struct, frozen=True):
-    """Result of hashing a file."""
-
-    stat: BlobFileStat
-    intact: bool
-    reason: str = ""
-    leaf_hashes: bytes = b""
-    """BLAKE3 of each leaf, concatenated."""
 
 
 class _FileChanged(Exception):
@@ -49,8 +39,9 @@ class _FileChanged(Exception):
 class UnverifiedBlobHasher:
     """Hashes unverified files."""
 
-    def __init__(self, store: Store, ledger: Ledger, section: asyncio.Lock, reconciler: StoreReconciler) -> None:
-        self._store, self._ledger, self._section, self._reconciler = store, ledger, section, reconciler
+    def __init__(self, context: StorageContext, reconciler: StoreReconciler) -> None:
+        self._context, self._store, self._ledger = context, context.store, context.ledger
+        self._reconciler = reconciler
         self._is_idle = asyncio.Event()
         self._is_idle.set()
 
@@ -80,32 +71,36 @@ class UnverifiedBlobHasher:
             result = await asyncio.to_thread(verify_file, self._store, sha256)
             if result is None:
                 return False
-            async with self._section:
-                return await self._apply(sha256, result)
+            async with self._context.section as held:
+                changes = await self._apply(held, sha256, result)
+            if changes is not None:
+                await self._reconciler.report(changes)
+            return changes is not None
         except (OSError, ShoalError) as e:
             log.warning("unverified file cannot be hashed", blob=sha256, error=str(e))
             return False
 
-    async def _apply(self, sha256: str, result: FileHash) -> bool:
+    async def _apply(self, held: Held, sha256: str, result: VerificationResult) -> ModelChanges | None:
+        """Return what it changes; None if the file has to be hashed again."""
         ledger = self._ledger
         if sha256 not in ledger.unverified:
-            return True  # removed, or a blob by now
+            return ModelChanges()  # removed, or a blob by now
         if result.intact:
             if not await asyncio.to_thread(promote_to_blob, self._store, sha256, result):
-                return False
+                return None
             ledger.add_blob(sha256, result.stat.size_bytes)
-            await drop_obsolete_quarantine(self._store, ledger)
+            await drop_obsolete_quarantine(held, self._context)
+            self._context.publishing.notify()
             log.info("verified a copied-in blob", blob=sha256, size_bytes=result.stat.size_bytes)
-            await self._reconciler.publish_completed_models()
-        else:
-            stamp = await asyncio.to_thread(mark_corrupt, self._store, sha256, result.stat)
-            if stamp is None:
-                return False
-            ledger.mark_corrupt(sha256, stamp)
-            path = self._store.layout.blob(sha256)
-            log.warning("copied-in file is corrupt; left in place, not used", path=path, reason=result.reason)
-        await self._reconciler.publish_state()
-        return True
+            return await self._reconciler.complete_models(held)
+        stamp = await asyncio.to_thread(mark_corrupt, self._store, sha256, result.stat)
+        if stamp is None:
+            return None
+        ledger.mark_corrupt(sha256, stamp)
+        self._context.publishing.notify()
+        path = self._store.layout.blob(sha256)
+        log.warning("copied-in file is corrupt; left in place, not used", path=path, reason=result.reason)
+        return ModelChanges()
 
 
 def next_to_verify(ledger: Ledger) -> list[str]:
@@ -114,7 +109,7 @@ def next_to_verify(ledger: Ledger) -> list[str]:
     return sorted(ledger.unverified.keys() - ledger.corrupt.keys(), key=lambda b: (b not in needed, b))
 
 
-def verify_file(store: Store, sha256: str) -> FileHash | None:
+def verify_file(store: Store, sha256: str) -> VerificationResult | None:
     """Make a file's bytes durable and hash them; return None if the file is being written or is gone."""
     path = store.layout.blob(sha256)
     before = _stat_of(path)
@@ -129,19 +124,16 @@ def verify_file(store: Store, sha256: str) -> FileHash | None:
     try:
         fsync_path(path)
     except OSError as e:
-        return FileHash(stamp, intact=False, reason=str(e))
+        return VerificationResult(sha256, stamp, intact=False, reason=str(e))
     try:
-        checked = blob_check.hash_blob(store, sha256, require_unchanged)
+        checked = hash_blob(store, sha256, require_unchanged)
         require_unchanged(0)
     except _FileChanged:
         return None
-    if checked is None:
-        return None
-    reason = "" if checked.intact else "its bytes have another hash"
-    return FileHash(stamp, checked.intact, reason, checked.leaf_hashes)
+    return checked
 
 
-def promote_to_blob(store: Store, sha256: str, result: FileHash) -> bool:
+def promote_to_blob(store: Store, sha256: str, result: VerificationResult) -> bool:
     """Turn an intact file into a blob, durably. Return False if the file has changed since it was hashed."""
     path = store.layout.blob(sha256)
     stamp = stat_blob(store.layout, path)

@@ -109,10 +109,8 @@ class StoreWatcher:
             await asyncio.sleep(min(PRESENCE_CHECK_INTERVAL_S, FALLBACK_INTERVAL_S))
 
     async def _tick(self, scan_now: bool, interval_s: float) -> None:
-        if scan_now or time.monotonic() - self._scanned_s >= interval_s:
+        if scan_now or self._reconciler.is_scan_due or time.monotonic() - self._scanned_s >= interval_s:
             await self._scan()
-        else:
-            await self._reconciler.publish_pending()
 
     async def _scan(self) -> None:
         await asyncio.sleep(max(0.0, self._scanned_s + MIN_SCAN_INTERVAL_S - time.monotonic()))

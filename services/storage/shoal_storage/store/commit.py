@@ -7,6 +7,7 @@ both directories; the manifest last. `tombstones.py` has the order of a deletion
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -121,23 +122,18 @@ def seal_model(store: Store, manifest: Manifest) -> None:
 
 def link_view(store: Store, manifest: Manifest) -> None:
     """Link every file of a model into its view. Raises OSError, also when the store is missing."""
-    if store._root_fd is not None and not store.is_present():
+    if store.is_open and not store.is_present():
         raise FileNotFoundError(errno.ENOENT, "the store is missing", str(store.layout.root))
     build_view(store.layout, manifest)
 
 
-def find_by_git_sha1(store: Store, git_sha1: str, size_bytes: int, ledger: Ledger) -> str | None:
-    """Return the present blob with this git hash, searched among those of the same size; None without one."""
-    for sha256, size in ledger.blobs.items():
-        if size == size_bytes:
-            try:
-                if (
-                    hash_file(store.layout.blob(sha256), with_git=True, on_progress=store.check_stopping).git_sha1
-                    == git_sha1
-                ):
-                    return sha256
-            except FileNotFoundError:
-                continue
+def find_by_git_sha1(store: Store, git_sha1: str, candidates: Iterable[str]) -> str | None:
+    """Return the one of these blobs (sha256) that has this git hash; None without one."""
+    for sha256 in candidates:
+        with suppress(FileNotFoundError):
+            hashes = hash_file(store.layout.blob(sha256), with_git=True, on_progress=store.check_stopping)
+            if hashes.git_sha1 == git_sha1:
+                return sha256
     return None
 
 

@@ -84,6 +84,11 @@ class Store:
             self._closing()
         self._lock = self._root_fd = None
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it was opened, and not closed."""
+        return self._root_fd is not None
+
     def is_present(self) -> bool:
         """Whether the opened store is still at its path: not unmounted, moved or removed whole.
 
