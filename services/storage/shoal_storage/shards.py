@@ -183,6 +183,7 @@ class ShardService:
                 async with self._context.section as held:
                     if self._ledger.arrivals.is_same_arrival(blob, partial):
                         await self.discard_corrupt_partial(held, blob)
+                await self._context.publishing.publish_soon()
                 raise
         async with self._context.section as held:
             still_partial = await asyncio.to_thread(_require_leaves, shard, self._ledger, self._store)

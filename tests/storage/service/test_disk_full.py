@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from shoal_common.errors import DiskFull, ShoalError
 from shoal_common.messages.envelope import Empty
 from shoal_common.messages.storage import CheckSpace, CollectGarbage, Reserve
+from shoal_common.settings.node import StorageSettings
 from shoal_common.store.disk_full import map_disk_full
 from shoal_common.store.verification_stamp import write_stamp
 from shoal_storage.eviction import executor as room_module

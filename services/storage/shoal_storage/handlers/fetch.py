@@ -182,11 +182,13 @@ class FetchApi:
                 self._require_unchanged(blob, partial)
                 await asyncio.to_thread(clear_leaves, self._store.layout, blob, partial.size_bytes, e.leaves)
                 await self._shards.drop_incomplete(held)
+            await self._publishing.publish_soon()
             raise
         except Corrupt:
             async with self._context.section as held:
                 self._require_unchanged(blob, partial)
                 await self._shards.discard_corrupt_partial(held, blob)
+            await self._publishing.publish_soon()
             raise
         async with self._context.section as held:
             self._require_unchanged(blob, partial)
@@ -212,14 +214,18 @@ class FetchApi:
         check_manifest(manifest)
         if not manifest.sealed:
             raise BadInput(f"the manifest of {manifest.model} is not sealed: some files have no sha256")
-        async with self._context.section as held:
-            if is_offered_by_library(manifest, self._ledger):
-                # Everything requested is in a library, which offers it.
-                await self._shards.drop(held, manifest.model)
-                await self._deleter.end_reservation(held, manifest.model)
-                was_complete, state = True, await asyncio.to_thread(read_model_state, self._context, manifest)
-            else:
-                was_complete, state = await self._seal(held, manifest)
+        try:
+            async with self._context.section as held:
+                if is_offered_by_library(manifest, self._ledger):
+                    # Everything requested is in a library, which offers it.
+                    await self._shards.drop(held, manifest.model)
+                    await self._deleter.end_reservation(held, manifest.model)
+                    was_complete, state = True, await asyncio.to_thread(read_model_state, self._context, manifest)
+                else:
+                    was_complete, state = await self._seal(held, manifest)
+        except NotFound:
+            await self._publishing.publish_soon()  # blobs are gone, and so may models be that need them
+            raise
         await self._publishing.publish(manifest.model)
         if not was_complete:
             await self._context.events.emit("model_ready", model=manifest.model, size_bytes=manifest.size_bytes)

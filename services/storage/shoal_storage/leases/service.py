@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections.abc import Mapping
 
 from shoal_common.errors import DISK_FULL, Busy, InternalError, InUse, NotFound
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages.envelope import Empty
 from shoal_common.messages.leases import AcquireLease, LeaseGrant, ReleaseLease
+from shoal_common.messages.manifest import Manifest
 from shoal_common.names import ModelRef, check_holder, check_id
 from shoal_common.store import leaf_set
 from shoal_storage.context import StorageContext
@@ -41,50 +43,11 @@ class LeaseService:
         """Return a view for one caller, kept while it holds the lock. Raises NotFound, Busy, Failed, OSError."""
         ref, holder = ModelRef.parse(request.model), check_holder(request.holder)
         instance = check_id(request.instance) if request.instance else ""
-        async with self._context.section as held:
-            await self.refresh(held)
-            if len(self._ledger.uses.leases) >= MAX_LEASES:
-                raise Busy(
-                    f"node {self._node} has the maximum of {MAX_LEASES} leases: see who holds them with "
-                    "`shoal storage`, end some and try again"
-                )
-            complete = matching_manifests(ref.repo, ref.revision, self._ledger.complete_manifests.values())
-            shard = None if complete else find_shard(ref, request.layers, self._ledger)
-            if not complete and shard is None:
-                missing = f"layers {request.layers} of {ref} are" if request.layers else f"{ref} is"
-                raise NotFound(f"{missing} not on node {self._node}: pull it there first with `shoal pull`")
-            if shard is not None:
-                await self._shards.require_complete(held, shard)
-            manifest = shard.manifest if shard else complete[-1]
-            leaves = shard.leaves if shard else {}
-            lease = ModelLease(
-                id=os.urandom(_ID_BYTES).hex(),
-                model=manifest.model,
-                holder=holder,
-                instance=instance,
-                since_s=time.time(),
-                files={f.path: f.sha256 for f in manifest.files if leaves.get(f.sha256) != 0},
-                grace_until_s=time.monotonic() + LOCK_DEADLINE_S,
-                partial_blobs=frozenset(leaves),
-            )
-            try:
-                await asyncio.to_thread(lease_files.create_lease, self._store, lease)
-            except FileNotFoundError as e:
-                if shard is not None:
-                    await self._shards.drop(held, manifest.model)
-                raise NotFound(
-                    f"{manifest.model} on node {self._node} is missing files ({e.filename}): pull it again"
-                ) from None
-            except OSError as e:
-                if e.errno in DISK_FULL:
-                    raise  # freeing the ballast file may help
-                raise InternalError(
-                    f"cannot build a view of {manifest.model} on node {self._node} ({e.strerror}): free some space "
-                    "and try again"
-                ) from None
-            self._ledger.uses.add_lease(lease)
-            self._has_leases.set()
-        await self._context.publishing.publish_soon()
+        try:
+            async with self._context.section as held:
+                lease, manifest, leaves = await self._grant(held, ref, request, holder, instance)
+        finally:
+            await self._context.publishing.publish_soon()  # a shard that lost leaves is dropped
         log.info("lease granted", model=lease.model, lease=lease.id, holder=holder)
         paths = self._store.layout
         return LeaseGrant(
@@ -96,6 +59,54 @@ class LeaseService:
                 f.path: leaf_set.to_ranges(leaves[f.sha256]) for f in manifest.files if leaves.get(f.sha256)
             },
         )
+
+    async def _grant(
+        self, held: Held, ref: ModelRef, request: AcquireLease, holder: str, instance: str
+    ) -> tuple[ModelLease, Manifest, Mapping[str, int]]:
+        """Create a lease. Returns it, the manifest of its model, and of a shard the leaves by blob."""
+        await self.refresh(held)
+        if len(self._ledger.uses.leases) >= MAX_LEASES:
+            raise Busy(
+                f"node {self._node} has the maximum of {MAX_LEASES} leases: see who holds them with "
+                "`shoal storage`, end some and try again"
+            )
+        complete = matching_manifests(ref.repo, ref.revision, self._ledger.complete_manifests.values())
+        shard = None if complete else find_shard(ref, request.layers, self._ledger)
+        if not complete and shard is None:
+            missing = f"layers {request.layers} of {ref} are" if request.layers else f"{ref} is"
+            raise NotFound(f"{missing} not on node {self._node}: pull it there first with `shoal pull`")
+        if shard is not None:
+            await self._shards.require_complete(held, shard)
+        manifest = shard.manifest if shard else complete[-1]
+        leaves = shard.leaves if shard else {}
+        lease = ModelLease(
+            id=os.urandom(_ID_BYTES).hex(),
+            model=manifest.model,
+            holder=holder,
+            instance=instance,
+            since_s=time.time(),
+            files={f.path: f.sha256 for f in manifest.files if leaves.get(f.sha256) != 0},
+            grace_until_s=time.monotonic() + LOCK_DEADLINE_S,
+            partial_blobs=frozenset(leaves),
+        )
+        try:
+            await asyncio.to_thread(lease_files.create_lease, self._store, lease)
+        except FileNotFoundError as e:
+            if shard is not None:
+                await self._shards.drop(held, manifest.model)
+            raise NotFound(
+                f"{manifest.model} on node {self._node} is missing files ({e.filename}): pull it again"
+            ) from None
+        except OSError as e:
+            if e.errno in DISK_FULL:
+                raise  # freeing the ballast file may help
+            raise InternalError(
+                f"cannot build a view of {manifest.model} on node {self._node} ({e.strerror}): free some space "
+                "and try again"
+            ) from None
+        self._ledger.uses.add_lease(lease)
+        self._has_leases.set()
+        return lease, manifest, leaves
 
     async def release(self, request: ReleaseLease) -> Empty:
         """End a lease at once; an absent lease is fine. Raises InUse while its lock is held, whoever asks (I4)."""
