@@ -94,29 +94,6 @@ async def test_I2_blobs_found_missing_at_a_seal_unpublish_models(
 ) -> None:
     shared = b"w" * 3000
     first, second = Model("org/first", {"w.bin": shared}), Model("org/second", {"w.bin": shared, "own.bin": b"own"})
-    async with holding(nats, tmp_path, fresh("guard")) as held, joined(nats) as here:
-        held.disk.gate.set()
-        for model in (first, second):
-            for blob in (await held.guard.reserve(Reserve(manifest=model.manifest))).missing:
-                put(held.disk.layout, blob, model.blobs[blob])
-                await held.guard.commit(CommitBlob(blob=blob))
-            if model is first:
-                await held.guard.seal(SealModel(manifest=model.sealed))
-        key = model_key(held.node, first.name)
-        assert await here.buckets.state.get(key) is not None
-        held.disk.layout.blob(sha256(shared)).unlink()
-        with pytest.raises(NotFound, match="is missing"):
-            await held.guard.seal(SealModel(manifest=second.sealed))
-        assert await here.buckets.state.get(key) is None
-        assert held.ledger.incomplete.keys() == {first.name} and not held.ledger.manifests
-        held.disk.layout.manifest(first.manifest.repo, first.manifest.commit).unlink()  # for the check of I2
-
-
-async def test_I2_a_seal_that_finds_blobs_gone_unpublishes_their_models(
-    nats: NatsServer, fresh: Fresh, tmp_path: Path
-) -> None:
-    shared = b"w" * 3000
-    first, second = Model("org/first", {"w.bin": shared}), Model("org/second", {"w.bin": shared, "own.bin": b"own"})
     async with storage_parts(nats, tmp_path, fresh("storage")) as parts, joined(nats) as here:
         await parts.bring_in(first)
         await parts.fetch_blobs(second)
