@@ -80,7 +80,7 @@ class Progress:
 
     def set_state(self, state: DownloadState) -> None:
         """Change what is to be published. Its figures of bytes and sources are set at each publish."""
-        if state != self.state:
+        if state is not self.state and state != self.state:
             self.state, self._dirty = state, True
 
     @property

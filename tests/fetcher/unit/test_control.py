@@ -7,6 +7,7 @@ from collections.abc import Awaitable
 
 import pytest
 
+from shoal_common.errors import Busy
 from shoal_common.messages.downloads import (
     CancelDownload,
     DownloadCommand,
@@ -14,6 +15,7 @@ from shoal_common.messages.downloads import (
     ResumeDownload,
     StopDownloads,
 )
+from shoal_fetcher.downloads import request_store
 from tests.fetcher.control_site import Control, downloads_of_a_node, model, settle
 
 MAX_TURNS = 40
@@ -96,3 +98,28 @@ async def test_a_cancel_that_hangs_holds_up_no_other_model() -> None:
         assert pausing.done() and pausing.result() == {"models": {model("b"): "paused"}}
         assert not cancelling.done()
         cancelling.cancel()
+
+
+async def test_a_pause_of_all_waits_for_each_and_names_each() -> None:
+    async with downloads_of_a_node() as control:
+        for name in "abc":
+            await control.download(name)
+        paused = await control.manager.pause(PauseDownload(), "1")
+        assert paused == {"models": {model(name): "paused" for name in "abc"}}
+        assert not any(control.runs(name) for name in "abc")
+
+
+async def test_downloads_asked_for_at_once_stay_within_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(request_store, "MAX_DOWNLOADS", 2)
+    async with downloads_of_a_node() as control:
+        pulls = [
+            asyncio.ensure_future(control.manager.download(DownloadCommand(model=model(name)), name))
+            for name in "abc"
+        ]
+        await settle()
+        assert [pull.done() for pull in pulls].count(True) == 1
+        (refused,) = [pull for pull in pulls if pull.done()]
+        assert isinstance(refused.exception(), Busy)
+        assert sum(control.runs(name) for name in "abc") == 2
+        for pull in pulls:
+            pull.cancel()

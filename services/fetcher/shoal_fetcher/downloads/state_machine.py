@@ -6,7 +6,7 @@
             paused       ├───────── blocked ◄─────┤  the disk is full
                          └────────────────────────┘  the reservation is lost, leaves of a shard are corrupt
 
-From any phase of the first line a person may pause it, or cancel it: `discarding` and then `none`.
+From any phase before the end a person may pause it. Cancelled, it is `discarding`, and then `none`.
 
 `Download.doing` is the one action under way. It ends as exactly one event, and events that belong to another are
 ignored. A download that is not `none`, `paused` or ended always has one: there is none that nobody runs. A command

@@ -49,9 +49,8 @@ class DownloadSteps:
             return await self._run(work)
         except Exception as e:  # noqa: BLE001  # one failed download must not end the others
             error = as_shoal_error(e, self._ref)
-            log.warning(
-                f"{type(work).__name__.lower()} failed", model=str(self._ref), reason=error.message, code=error.code
-            )
+            what = type(work).__name__
+            log.warning("work failed", what=what, model=str(self._ref), reason=error.message, code=error.code)
             return ev.WorkFailed(error, self._progress.done_bytes, may_retry=not self._context.hub.offline)
 
     async def _run(self, work: ev.Work) -> ev.DownloadEvent:
