@@ -16,7 +16,6 @@ from pathlib import Path
 
 import psutil
 
-from shoal_cli.node.ports import free_port
 from shoal_common.bus import subjects
 from shoal_common.bus.cluster_lease import LeaseValue
 from shoal_common.bus.keys import download_key, liveness_key
@@ -30,6 +29,7 @@ from shoal_common.store.verification_stamp import write_stamp
 from shoal_demo.hub_server import RunningHub
 from tests.harness.nats import Joined, NatsServer
 from tests.harness.node import Node, running_nodes
+from tests.harness.ports import ReservedPort
 
 QUICK = "--quick" in sys.argv
 
@@ -197,7 +197,8 @@ def nginx(site: Site, sha256: str, commit: str) -> Iterator[str]:
         print("nginx is not installed: huggingface_hub is measured from the node only", file=sys.stderr)
         yield ""
         return
-    port = free_port("127.0.0.1")
+    reserved = ReservedPort()
+    port = reserved.number
     at = site.homes / "nginx"
     at.mkdir()
     settings, root = at / "nginx.conf", site.directory / "models"

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, settings
 
 from tests.harness.fresh import Fresh
 from tests.harness.nats import NatsServer
+from tests.harness.ports import held_closed
 
 pytest_plugins = ("tests.harness.strict_skips", "tests.harness.unit_guard")
 
@@ -57,6 +58,13 @@ def own_nats(tmp_path: Path) -> Iterator[NatsServer]:
     """A NATS server of this test alone, to stop, kill, restart or wipe."""
     with NatsServer(tmp_path / "nats") as server:
         yield server
+
+
+@pytest.fixture
+def closed_port() -> Iterator[int]:
+    """A port of this machine where nobody listens, nor can begin to."""
+    with held_closed() as number:
+        yield number
 
 
 @pytest.fixture(scope="session")

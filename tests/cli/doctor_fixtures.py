@@ -11,25 +11,31 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from shoal_cli.doctor.finding import Finding
 from shoal_cli.doctor.run import DoctorReport, run_checks
-from shoal_cli.node.ports import free_port
 from shoal_cli.node_home import Home
 from shoal_common import VERSION
 from shoal_common.bus.keys import liveness_key
 from shoal_common.messages.liveness import LivenessRecord, ProcessIdentity
 from tests.harness.nats import Joined, NatsServer, joined
+from tests.harness.ports import ReservedPort
 from tests.harness.process import source_path
 
 RUN_DEADLINE_S = 90.0
 
 
+@cache
+def _gateway_port() -> ReservedPort:
+    return ReservedPort()
+
+
 def clean_environment(**more: str) -> dict[str, str]:
     """An environment in which no port of this machine's own Shoal matters."""
-    return {"SHOAL_GATEWAY_PORT": str(free_port("127.0.0.1")), "PATH": os.environ.get("PATH", ""), **more}
+    return {"SHOAL_GATEWAY_PORT": str(_gateway_port().number), "PATH": os.environ.get("PATH", ""), **more}
 
 
 def probe(home: Home, server: NatsServer | str, **more: str) -> DoctorReport:

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from shoal_demo.hub_server import RunningHub, running_hub
-from tests.fetcher.pull_site import Site, check_store
-from tests.harness.nats import NatsServer, joined
-from tests.harness.node import Node, running_nodes
+from tests.fetcher.pull_site import Site, site_of_a_test
+from tests.harness.nats import NatsServer
+from tests.harness.node import Node, running_nodes, wait_ready
 
 SERVICES = ("storage", "fetcher", "fileserver")
 
@@ -31,14 +31,8 @@ def running(
     with NatsServer(homes / "nats") as server, running_hub(hub_root, other_lfs_host=True, process=True) as hub:
         made = [Node(homes / n, n, server.url, SERVICES, HF_ENDPOINT=hub.base_url) for n in ("a", "b")]
         with running_nodes(*made) as nodes:
-            asyncio.run(_ready(server, nodes))
+            asyncio.run(wait_ready(server, *nodes))
             yield server, hub, {n.id: n for n in nodes}
-
-
-async def _ready(server: NatsServer, nodes: tuple[Node, ...]) -> None:
-    async with joined(server) as here:
-        for node in nodes:
-            await node.ready(here)
 
 
 @pytest.fixture
@@ -50,12 +44,8 @@ def site(
 ) -> Iterator[Site]:
     """The shared nodes with a healthy hub; afterwards every store is checked (I1, I2)."""
     server, hub, nodes = running
-    hub.reset_faults()
-    hub.reset_stats()
-    yield Site(server, hub, hub_root, nodes, repo=f"org/{fresh('model')}")
-    hub.reset_faults()
-    for node in nodes.values():
-        check_store(node)
+    with site_of_a_test(Site(server, hub, hub_root, nodes, repo=f"org/{fresh('model')}")) as site:
+        yield site
 
 
 @pytest.hookimpl(wrapper=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import msgspec
@@ -21,7 +21,7 @@ from shoal_common.messages.storage import ModelState, StorageState
 from shoal_demo.hub_server import RunningHub
 from tests.fetcher.hub_repos import make_model
 from tests.harness.nats import Joined, NatsServer, joined
-from tests.harness.node import Node
+from tests.harness.node import Node, restore
 from tests.harness.waiting import eventually
 
 PULL_DEADLINE_S = 45.0
@@ -59,6 +59,18 @@ class Site(msgspec.Struct):
         """Open this test's own connection."""
         async with joined(self.server) as here:
             yield Pulls(here, self)
+
+
+@contextmanager
+def site_of_a_test(site: Site) -> Iterator[Site]:
+    """Lend shared nodes to a test, as healthy as they began. Afterwards every store is checked (I1, I2)."""
+    restore(site.server, *site.nodes.values())
+    site.hub.reset_faults()
+    site.hub.reset_stats()
+    yield site
+    site.hub.reset_faults()
+    for node in site.nodes.values():
+        check_store(node)
 
 
 class Pulls:

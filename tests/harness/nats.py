@@ -14,10 +14,11 @@ from typing import Self
 
 import msgspec
 
-from shoal_cli.node.ports import free_port
 from shoal_common.bus.connection import Nats, connected
 from shoal_common.bus.kv_bucket import Buckets
 from shoal_common.bus.streams import ensure_streams
+from tests.harness.ports import ReservedPort
+from tests.harness.process import is_at_work
 
 START_DEADLINE_S = 45.0
 STOP_DEADLINE_S = 30.0
@@ -49,7 +50,9 @@ class NatsServer:
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
         self.url = ""
-        self._host, self._port, self._within = host, port or free_port(host), within
+        self._reserved = None if port else ReservedPort(host)
+        self._host, self._within = host, within
+        self._port = self._reserved.number if self._reserved else port
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
@@ -99,6 +102,13 @@ class NatsServer:
         """Start it again on the same port and store, after killing it if it runs."""
         self.kill()
         self.start()
+
+    def restore(self) -> bool:
+        """Start it again if a test has left it dead or paused. Returns whether it was."""
+        if self._process is not None and is_at_work(self._process):
+            return False
+        self.restart()
+        return True
 
     def wipe(self) -> None:
         """Kill it, delete its store, and start it on the same port."""

@@ -7,6 +7,7 @@ command sent earlier runs, but its sender gets no reply).
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import subprocess
 import sys
@@ -19,8 +20,8 @@ from nats.js.errors import NotFoundError
 from shoal_common.bus.keys import liveness_key
 from shoal_common.messages.liveness import LivenessRecord
 from shoal_common.store.store_paths import StorePaths
-from tests.harness.nats import Joined
-from tests.harness.process import node_environment
+from tests.harness.nats import Joined, NatsServer, joined
+from tests.harness.process import is_at_work, node_environment
 from tests.harness.waiting import eventually
 
 READY_DEADLINE_S = 60.0
@@ -44,6 +45,7 @@ class ServiceProcess:
         """Prefix of its command: where it runs."""
         self.log_path = home / f"{service}.log"
         self._process: subprocess.Popen[bytes] | None = None
+        self._more: dict[str, str] = {}
 
     @property
     def pid(self) -> int:
@@ -59,6 +61,7 @@ class ServiceProcess:
     def start(self, **more: str) -> None:
         """Start it, with these variables besides its usual ones. Does not wait."""
         assert not self.running, f"{self.service} is running already"
+        self._more = more
         with self.log_path.open("ab") as output:
             self._process = subprocess.Popen(
                 [*self.within, sys.executable, "-m", f"shoal_{self.service}"],
@@ -82,6 +85,14 @@ class ServiceProcess:
         """Stop it and wait. Returns its exit code."""
         self.send(signal.SIGTERM)
         return self.wait_exit()
+
+    def restore(self) -> bool:
+        """Start it again, as usual, if a test has left it dead, paused or with other variables; was it so?"""
+        if self._process is not None and is_at_work(self._process) and not self._more:
+            return False
+        self.kill()
+        self.start()
+        return True
 
     def wait_exit(self) -> int:
         """Return its exit code once it has ended; kill it after STOP_DEADLINE_S."""
@@ -164,6 +175,22 @@ class Node:
             f"--- {s.service} of {self.id}\n" + "\n".join(s.log().splitlines()[-_LOG_TAIL_LINES:])
             for s in self.services.values()
         )
+
+
+def restore(server: NatsServer, *nodes: Node) -> list[str]:
+    """Start again what a failed test has left dead or paused, and wait until it is ready. Returns what it was."""
+    found = ["nats"] if server.restore() else []
+    found += [f"{s.service} of {node.id}" for node in nodes for s in node.services.values() if s.restore()]
+    if found:
+        asyncio.run(wait_ready(server, *nodes))
+    return found
+
+
+async def wait_ready(server: NatsServer, *nodes: Node) -> None:
+    """Return once all services of these nodes are live."""
+    async with joined(server) as here:
+        for node in nodes:
+            await node.ready(here)
 
 
 async def _waits_for_commands(here: Joined, durable: str) -> bool:

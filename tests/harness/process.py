@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).parents[2]
 LINE_DEADLINE_S = 45.0
@@ -34,6 +37,11 @@ def node_environment(home: Path, nats_url: str, **more: str) -> dict[str, str]:
         "SHOAL_BALLAST_BYTES": "0",  # 64 MiB for every store of every test would fill a disk by themselves
         **more,
     }
+
+
+def is_at_work(process: subprocess.Popen[bytes]) -> bool:
+    """Return whether a child runs: it has neither ended nor been paused by a signal."""
+    return process.poll() is None and psutil.Process(process.pid).status() != psutil.STATUS_STOPPED
 
 
 class Process:

@@ -13,8 +13,8 @@ from shoal_demo.hub_server import running_hub
 from tests.fetcher.pull_site import Site
 from tests.harness.fresh import Fresh
 from tests.harness.nats import NatsServer
-from tests.harness.node import Node, running_nodes
-from tests.storage.deletion_fixtures import NODE, SERVICES, _ready
+from tests.harness.node import Node, restore, running_nodes, wait_ready
+from tests.storage.deletion_fixtures import NODE, SERVICES
 from tests.storage.store_fixtures import Model, check_invariants
 
 
@@ -50,12 +50,13 @@ def site_of_all(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     with NatsServer(home / "nats") as server, running_hub(models, process=True) as hub:
         usual = {"HF_ENDPOINT": hub.base_url, "SHOAL_HEADROOM_BYTES": "0"}
         with running_nodes(Node(home / NODE, NODE, server.url, SERVICES, **usual)) as (node,):
-            asyncio.run(_ready(server, node))
+            asyncio.run(wait_ready(server, node))
             yield Site(server, hub, models, {NODE: node}, repo="")
 
 
 @pytest.fixture
 def site(site_of_all: Site, fresh: Fresh) -> Iterator[Site]:
     """The same, with a model of this test."""
+    restore(site_of_all.server, *site_of_all.nodes.values())
     yield msgspec.structs.replace(site_of_all, repo=f"org/{fresh('deleted')}")
     site_of_all.hub.reset_faults()

@@ -17,8 +17,6 @@ from shoal_common.store.bitmap import LEAF_BYTES
 from shoal_demo.faults import Faults
 from tests.fetcher.hub_repos import noise
 from tests.fetcher.pull_site import Pulls, Site
-from tests.harness.nats import NatsServer, joined
-from tests.harness.node import Node
 from tests.storage.store_fixtures import files_below
 
 SERVICES = ("storage", "fetcher", "placement")
@@ -95,11 +93,6 @@ class DeletionCase:
         await reconnects.wait_after(seen)
         for service in SERVICES:
             await self.node.ready(self.here.here, service)
-
-
-async def _ready(server: NatsServer, node: Node) -> None:
-    async with joined(server) as here:
-        await node.ready(here)
 
 
 @asynccontextmanager

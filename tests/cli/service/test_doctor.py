@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from nats.js import api
 
-from shoal_cli.node.ports import free_port
 from shoal_cli.node_home import Home
 from shoal_common import VERSION
 from shoal_common.bus.streams import stream_configs
@@ -27,11 +26,10 @@ from tests.harness import nats as nats_harness
 from tests.harness.nats import Joined, NatsServer
 
 
-def test_an_unreachable_nats_is_one_problem_and_checks_go_on(home: Home) -> None:
-    port = free_port("127.0.0.1")
-    report = probe(home, f"nats://127.0.0.1:{port}")
+def test_an_unreachable_nats_is_one_problem_and_checks_go_on(home: Home, closed_port: int) -> None:
+    report = probe(home, f"nats://127.0.0.1:{closed_port}")
     found = only_finding(report, "nats")
-    assert found.level == "problem" and "nothing listens there" in found.what and str(port) in found.what
+    assert found.level == "problem" and "nothing listens there" in found.what and str(closed_port) in found.what
     for check in ("streams", "nats store", "clocks", "fileservers", "node ids", "versions"):
         assert only_finding(report, check).level == "skipped", check
     for check in ("disk", "memory", "open files", "permissions", "ports"):
@@ -199,13 +197,14 @@ def test_one_node_id_on_two_machines_is_reported(home: Home, own_nats: NatsServe
     assert found.level == "problem" and "b is used on several machines: other, third" in found.what
 
 
-def test_an_unreachable_fileserver_is_reported(home: Home, own_nats: NatsServer) -> None:
-    closed = free_port("127.0.0.1")
-    here = LivenessRecord(holder=this_process(), version=VERSION, facts=NodeFacts(addresses=[f"127.0.0.1:{closed}"]))
+def test_an_unreachable_fileserver_is_reported(home: Home, own_nats: NatsServer, closed_port: int) -> None:
+    here = LivenessRecord(
+        holder=this_process(), version=VERSION, facts=NodeFacts(addresses=[f"127.0.0.1:{closed_port}"])
+    )
     there = liveness_elsewhere(facts=NodeFacts(addresses=[]))
     put_liveness(own_nats, ("b", "fileserver", here), ("c", "fileserver", there))
     found = {f.about: f for f in findings_about(probe(home, own_nats), "fileservers")}
-    assert "nothing listens there" in found["node b"].what and str(closed) in found["node b"].what
+    assert "nothing listens there" in found["node b"].what and str(closed_port) in found["node b"].what
     assert "publishes no address" in found["node c"].what
 
 

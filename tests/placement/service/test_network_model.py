@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,6 +36,7 @@ from shoal_placement.solver.build_problem import DEFAULT_LINK_S
 from tests.harness.nats import NatsServer
 from tests.harness.networks import Machine, machines, port_forward, relayed
 from tests.harness.node import Node, running_nodes
+from tests.harness.ports import ReservedPort
 from tests.harness.waiting import eventually
 from tests.placement.placement_cluster import MODEL, Cluster, cluster_of
 
@@ -202,17 +202,11 @@ def test_interface_facts_are_used_where_nothing_was_measured() -> None:
 # Real placement services and fileservers; their inference keys, with the memory, are written by the test.
 
 
-def free_ports(count: int) -> list[int]:
-    """Return free ports."""
-    with ExitStack() as stack:
-        held = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [s.getsockname()[1] for s in held]
-
-
 @asynccontextmanager
 async def measuring(server: NatsServer, home: Path, far: Machine | None = None) -> AsyncIterator[Cluster]:
     """Run nodes a, b and c. If a machine is given, c is on it, 20 ms away from the others each way."""
-    ports = dict(zip("abc", free_ports(3), strict=True))
+    reserved = {n: ReservedPort() for n in "abc"}
+    ports = {n: port.number for n, port in reserved.items()}
     near = {"SHOAL_ADVERTISE": "127.0.0.1"} if far is not None else {}
     nodes = [
         Node(
@@ -285,10 +279,11 @@ async def test_links_are_measured_on_demand_and_then_not_for_an_hour(own_nats: N
         assert again == states[1]
 
 
-async def test_a_peer_that_does_not_answer_is_published_as_unreachable(own_nats: NatsServer, tmp_path: Path) -> None:
+async def test_a_peer_that_does_not_answer_is_published_as_unreachable(
+    own_nats: NatsServer, tmp_path: Path, closed_port: int
+) -> None:
     async with measuring(own_nats, tmp_path) as c:
-        (dead,) = free_ports(1)
-        facts = NodeFacts(addresses=[f"127.0.0.1:{dead}"])
+        facts = NodeFacts(addresses=[f"127.0.0.1:{closed_port}"])
         live = LivenessRecord(holder=ProcessIdentity(uid="d", host="elsewhere", pid=1), version=VERSION, facts=facts)
         await c.here.buckets.live.put(liveness_key("d", "fileserver"), live)
 
