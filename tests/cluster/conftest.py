@@ -9,7 +9,13 @@ import pytest
 
 from shoal_demo import MODELS_DIR
 from shoal_demo.hub_server import RunningHub, running_hub
-from tests.harness.shoal import ShoalCluster
+from tests.harness.shoal import ShoalCluster, restore_clusters
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Put back what a failed test has killed or paused, before the next uses it."""
+    restore_clusters()
 
 
 @pytest.fixture(scope="module")

@@ -41,7 +41,24 @@ def node_environment(home: Path, nats_url: str, **more: str) -> dict[str, str]:
 
 def is_at_work(process: subprocess.Popen[bytes]) -> bool:
     """Return whether a child runs: it has neither ended nor been paused by a signal."""
-    return process.poll() is None and psutil.Process(process.pid).status() != psutil.STATUS_STOPPED
+    return process.poll() is None and not is_paused(process.pid)
+
+
+def is_paused(pid: int) -> bool:
+    """Return whether a process has been paused by a signal; one that has ended is not."""
+    try:
+        return bool(psutil.Process(pid).status() == psutil.STATUS_STOPPED)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def checked_run(
+    *command: str | Path, timeout_s: float, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end. Raises AssertionError with all that it printed when it fails."""
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False)
+    assert ran.returncode == 0, f"{command} ended with {ran.returncode}:\n{ran.stdout}\n{ran.stderr}"
+    return ran
 
 
 class Process:

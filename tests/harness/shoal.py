@@ -19,6 +19,7 @@ import httpx2
 from shoal_cli.node.children.restart_policy import ChildStatus
 from shoal_cli.node.down import supervisor_status
 from shoal_cli.node_home import Home
+from tests.harness.process import is_paused
 
 UP_DEADLINE_S = 90.0
 DOWN_DEADLINE_S = 60.0
@@ -50,6 +51,7 @@ class ShoalNode:
         self.client = httpx2.Client(timeout=120)
         self.within: tuple[str, ...] = ()
         """Prefix of its command, such as `ip netns exec`."""
+        self._up_arguments: tuple[str, ...] = ()
 
     @property
     def environ(self) -> dict[str, str]:
@@ -75,6 +77,7 @@ class ShoalNode:
 
     def up(self, *arguments: str) -> None:
         """Start it and wait until it is ready."""
+        self._up_arguments = arguments
         self.shoal(
             "up", "--detach", "--node", self.node, "--port", "0", *arguments, check=True, timeout_s=UP_DEADLINE_S
         )
@@ -82,6 +85,15 @@ class ShoalNode:
     def down(self) -> None:
         """Stop it; nothing of it remains running."""
         self.shoal("down", check=True, timeout_s=DOWN_DEADLINE_S)
+
+    def restore(self) -> None:
+        """Start again what a failed test has left dead or paused, and wait until all of it is ready."""
+        if supervisor_status(Home(self.home)) is None:
+            self.up(*self._up_arguments)
+        for child in self.children().values():
+            if child.pid and is_paused(child.pid):
+                os.kill(child.pid, signal.SIGCONT)
+        eventually(lambda: all(c.phase == "ready" for c in self.children().values()), f"{self.node} is as it began")
 
     @property
     def url(self) -> str:
@@ -166,11 +178,13 @@ class ShoalCluster:
         except BaseException:
             self._down()
             raise
+        _running.append(self)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        _running.remove(self)
         if error is not None:
             for node in self.nodes:
                 print(node.logs())
@@ -184,3 +198,13 @@ class ShoalCluster:
 
     def __getitem__(self, name: str) -> ShoalNode:
         return next(n for n in self.nodes if n.node == name)
+
+
+_running: list[ShoalCluster] = []
+
+
+def restore_clusters() -> None:
+    """Put every node of every running cluster back as it began, if a failed test has left it otherwise."""
+    for cluster in _running:
+        for node in cluster.nodes:
+            node.restore()

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness.process import checked_run
+
 FILLER = "filler"
 _DEADLINE_S = 60
 
@@ -79,7 +81,7 @@ def loop_disk(at: Path, size_bytes: int) -> Iterator[LoopDisk]:
         pytest.skip("only root on Linux can mount a disk: unmounting one is NOT tested here")
     try:
         disk = LoopDisk(at.with_name(f"{at.name}.image"), at, size_bytes)
-    except (OSError, subprocess.CalledProcessError) as e:
+    except (OSError, AssertionError) as e:
         pytest.skip(f"a disk cannot be made, unmounting one is NOT tested here: {e}")
     try:
         disk.mount()
@@ -89,7 +91,7 @@ def loop_disk(at: Path, size_bytes: int) -> Iterator[LoopDisk]:
 
 
 def _run(*command: str) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=_DEADLINE_S).stdout
+    return checked_run(*command, timeout_s=_DEADLINE_S).stdout
 
 
 def fill(directory: Path) -> Path:

@@ -26,9 +26,12 @@ from shoal_inference.stage.ipc.messages import (
     StartRequest,
 )
 from shoal_inference.stage.ipc.parent import StageProcess
+from tests.harness.process import is_paused
 
 WAIT_TIMEOUT_S = 45.0
 """Deadline of waits that should take far less; exceeding it is a failure."""
+IDLE_TIMEOUT_S = 10.0
+"""Within which a ring without requests says that it has none."""
 SECRET = b"the ring's secret"
 CHUNK_TOKENS = 8
 
@@ -192,6 +195,17 @@ class RingOfStages:
 
     async def cancel(self, request: str) -> None:
         await self.children[0].process.send(Cancel(request=request))
+
+    async def works(self) -> bool:
+        """Whether every stage runs and is idle."""
+        if any(child.exited or is_paused(child.process.pid) for child in self.children):
+            return False
+        try:
+            async with asyncio.timeout(IDLE_TIMEOUT_S):
+                await self.check_idle()
+        except TimeoutError:
+            return False
+        return True
 
     async def check_idle(self) -> None:
         """Check the invariant after every test: no stage holds a request or its caches."""

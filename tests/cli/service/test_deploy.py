@@ -13,6 +13,7 @@ import pytest
 
 from shoal_cli.node.children.nats_process import find_program
 from shoal_common.bus.subjects import SERVICES
+from tests.harness.process import checked_run
 
 DEPLOY = Path(__file__).parents[3] / "deploy"
 UNITS = DEPLOY / "systemd"
@@ -58,7 +59,7 @@ def test_I12_only_the_fetchers_unit_reads_the_hubs_token() -> None:
 def test_launchd_keeps_agents_and_only_the_fetcher_has_hf_token(tmp_path: Path, per_service: bool) -> None:
     command = [sys.executable, str(DEPLOY / "launchd" / "make_plists.py"), "--venv", "/v", "--home", str(tmp_path)]
     command += ["--into", str(tmp_path / "agents"), "--env", "HF_TOKEN=hf_x", "--env", "SHOAL_BIND=0.0.0.0"]
-    subprocess.run(command + ["--per-service"] * per_service, check=True, capture_output=True, timeout=30)
+    checked_run(*command, *["--per-service"] * per_service, timeout_s=30)
     found = {p.name: plistlib.loads(p.read_bytes()) for p in (tmp_path / "agents").iterdir()}
     names = {"nats", *SERVICES} if per_service else {"node"}
     assert set(found) == {f"org.shoal.{n}.plist" for n in names}
@@ -80,7 +81,7 @@ def test_NATS_accepts_the_filled_in_configuration(tmp_path: Path, bind: str, sec
     if secret:
         (home / "secret").write_text(secret)
     script = [sys.executable, str(DEPLOY / "nats" / "fill_in.py"), "--home", str(home), "--bind", bind, "--name", "n"]
-    text = subprocess.run(script, check=True, capture_output=True, text=True, timeout=30).stdout
+    text = checked_run(*script, timeout_s=30).stdout
     (tmp_path / "c.conf").write_text(text)
     done = subprocess.run(
         [str(find_program()), "-t", "-c", str(tmp_path / "c.conf")],

@@ -76,6 +76,8 @@ def shared_rings(run: Run[Any]) -> Iterator[Rings]:
 
     def get(model_dir: Path, cuts: Sequence[int]) -> RingOfStages:
         key = (model_dir, tuple(cuts))
+        if key in made and not run(made[key].works()):
+            run(made.pop(key).stop())  # a failed test has left it so
         if key not in made:
             made[key] = run(RingOfStages(model_dir, cuts).start())
         return made[key]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from shoal_placement.planning.memory_model import (
     model_need,
 )
 from shoal_placement.solver import slice_bytes
+from tests.harness.process import checked_run
 from tests.inference.service.conftest import ROOT
 
 TOKENS = 1025
@@ -125,15 +125,10 @@ def write(directory: Path, name: str) -> Path:
 def weighed(directory: Path) -> dict[str, int]:
     """Return the measurement of `weighing`."""
     paths = [str(ROOT), *(str(ROOT / p) for p in ("libs/common", "services/inference", "services/placement"))]
-    result = subprocess.run(
-        [sys.executable, "-m", "tests.inference.cache_memory_probe", str(directory), str(TOKENS), str(CHUNK)],
-        env={**child_environment({"PYTHONPATH": ":".join(paths)}), "HF_HUB_OFFLINE": "1"},
-        check=True,
-        capture_output=True,
-        text=True,
-        timeout=WEIGH_S,
-    )
-    found: dict[str, int] = json.loads(result.stdout.splitlines()[-1])
+    command = [sys.executable, "-m", "tests.inference.cache_memory_probe", str(directory), str(TOKENS), str(CHUNK)]
+    environment = {**child_environment({"PYTHONPATH": ":".join(paths)}), "HF_HUB_OFFLINE": "1"}
+    ran = checked_run(*command, timeout_s=WEIGH_S, environment=environment)
+    found: dict[str, int] = json.loads(ran.stdout.splitlines()[-1])
     return found
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness.process import source_path
+from tests.harness.process import checked_run, source_path
 from tests.storage.durability_checks import Acknowledged
 
 DEADLINE_S = 60
@@ -49,7 +49,7 @@ def make_image(kind: str, image: Path) -> None:
     """An empty file system in a sparse file."""
     with image.open("wb") as f:
         f.truncate(SIZES_MIB[kind] << 20)
-    subprocess.run([*MAKE[kind], str(image)], check=True, capture_output=True, timeout=DEADLINE_S)
+    checked_run(*MAKE[kind], image, timeout_s=DEADLINE_S)
 
 
 def mounting(kind: str, image: Path, at: Path) -> list[str]:
@@ -62,11 +62,11 @@ def mounting(kind: str, image: Path, at: Path) -> list[str]:
 def mounted(kind: str, image: Path, at: Path) -> Iterator[Path]:
     """A mounted image, while the body runs."""
     at.mkdir(exist_ok=True)
-    subprocess.run(mounting(kind, image, at), check=True, capture_output=True, timeout=DEADLINE_S)
+    checked_run(*mounting(kind, image, at), timeout_s=DEADLINE_S)
     try:
         yield at
     finally:
-        subprocess.run(["umount", str(at)], check=True, capture_output=True, timeout=DEADLINE_S)
+        checked_run("umount", at, timeout_s=DEADLINE_S)
 
 
 def copy_at_one_moment(image: Path, copy: Path) -> None:
@@ -75,7 +75,7 @@ def copy_at_one_moment(image: Path, copy: Path) -> None:
         with image.open("rb") as f:
             os.fsync(f.fileno())  # of the image file, not of its contents: holes are where nothing was ever written
         before_ns = image.stat().st_mtime_ns
-        subprocess.run(["cp", "--sparse=always", str(image), str(copy)], check=True, timeout=DEADLINE_S)
+        checked_run("cp", "--sparse=always", image, copy, timeout_s=DEADLINE_S)
         if image.stat().st_mtime_ns == before_ns:
             return
     raise AssertionError(f"{image} never stood still")

@@ -1,0 +1,25 @@
+"""The gateway that tests share is started again after a test that failed while it had killed or paused it."""
+
+from __future__ import annotations
+
+import signal
+
+import httpx2
+import pytest
+
+from tests.gateway.conftest import SharedGateway
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP, None], ids=["killed", "paused", "without NATS"])
+def test_a_gateway_that_a_failed_test_left_broken_serves_the_next(
+    shared_gateway: SharedGateway, number: signal.Signals | None
+) -> None:
+    gateway = shared_gateway.running()
+    if number is None:
+        gateway.nats.kill()
+    else:
+        gateway.process.send_signal(number)
+        if number == signal.SIGKILL:
+            gateway.process.wait(15)
+    answer = httpx2.get(f"{shared_gateway.running().url}/v1/status", timeout=15)
+    assert answer.is_success, answer.text
