@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import signal
 
-from tests.harness.shoal import ShoalCluster, restore_clusters
+from tests.harness.process import is_paused
+from tests.harness.shoal import ShoalCluster, eventually, restore_clusters
 
 
-def test_a_cluster_that_a_failed_test_left_broken_serves_the_next(cluster: ShoalCluster) -> None:
-    os.kill(cluster["a"].child("storage").pid, signal.SIGSTOP)
+def test_a_cluster_left_broken_by_a_test_serves_the_next(cluster: ShoalCluster) -> None:
+    storage = cluster["a"].child("storage").pid
+    os.kill(storage, signal.SIGSTOP)
+    eventually(lambda: is_paused(storage), "the signal has arrived")
     cluster["b"].kill("fetcher")
     cluster["c"].down()
     restore_clusters()

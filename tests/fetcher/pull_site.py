@@ -21,7 +21,7 @@ from shoal_common.messages.storage import ModelState, StorageState
 from shoal_demo.hub_server import RunningHub
 from tests.fetcher.hub_repos import make_model
 from tests.harness.nats import Joined, NatsServer, joined
-from tests.harness.node import Node
+from tests.harness.node import Node, restore
 from tests.harness.waiting import eventually
 
 PULL_DEADLINE_S = 45.0

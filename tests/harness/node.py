@@ -46,6 +46,7 @@ class ServiceProcess:
         self.log_path = home / f"{service}.log"
         self._process: subprocess.Popen[bytes] | None = None
         self._more: dict[str, str] = {}
+        self._paused = False
 
     @property
     def pid(self) -> int:
@@ -61,7 +62,7 @@ class ServiceProcess:
     def start(self, **more: str) -> None:
         """Start it, with these variables besides its usual ones. Does not wait."""
         assert not self.running, f"{self.service} is running already"
-        self._more = more
+        self._more, self._paused = more, False
         with self.log_path.open("ab") as output:
             self._process = subprocess.Popen(
                 [*self.within, sys.executable, "-m", f"shoal_{self.service}"],
@@ -75,6 +76,8 @@ class ServiceProcess:
         """Send a signal, unless it has ended."""
         if self.running and self._process is not None:
             self._process.send_signal(number)
+            # The signal arrives some time later.
+            self._paused = number == signal.SIGSTOP or (self._paused and number != signal.SIGCONT)
 
     def kill(self) -> None:
         """Kill it (SIGKILL) and wait; does nothing if it has ended already."""
@@ -88,7 +91,7 @@ class ServiceProcess:
 
     def restore(self) -> bool:
         """Start it again, as usual, if a test has left it dead, paused or with other variables; was it so?"""
-        if self._process is not None and is_at_work(self._process) and not self._more:
+        if self._process is not None and is_at_work(self._process) and not (self._more or self._paused):
             return False
         self.kill()
         self.start()

@@ -12,12 +12,12 @@ from tests.harness.ports import ReservedPort
 
 
 def test_a_reserved_port_is_given_to_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    mine = ReservedPort()
+    first = ReservedPort()
     other = ReservedPort()
-    offered = iter([mine.number, mine.number, other.number])
+    offered = iter([first.number, first.number, other.number])
     del other
     monkeypatch.setattr(ports, "free_port", lambda host: next(offered))
-    assert ReservedPort().number != mine.number
+    assert ReservedPort().number != first.number
 
 
 def test_ports_reserved_at_once_differ() -> None:

@@ -20,7 +20,7 @@ class FailedAssertion(Exception):
 
 
 @pytest.mark.parametrize("what", ["killed", "stopped", "paused", "changed", "without NATS"])
-def test_a_site_that_a_failed_test_left_broken_serves_the_next(
+def test_a_site_left_broken_by_a_test_serves_the_next(
     running: tuple[NatsServer, RunningHub, dict[str, Node]], hub_root: Path, fresh: Fresh, what: str
 ) -> None:
     server, hub, nodes = running

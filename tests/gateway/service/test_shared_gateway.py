@@ -8,10 +8,12 @@ import httpx2
 import pytest
 
 from tests.gateway.conftest import SharedGateway
+from tests.harness.process import is_at_work
+from tests.harness.shoal import eventually
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP, None], ids=["killed", "paused", "without NATS"])
-def test_a_gateway_that_a_failed_test_left_broken_serves_the_next(
+def test_a_gateway_left_broken_by_a_test_serves_the_next(
     shared_gateway: SharedGateway, number: signal.Signals | None
 ) -> None:
     gateway = shared_gateway.running()
@@ -19,7 +21,6 @@ def test_a_gateway_that_a_failed_test_left_broken_serves_the_next(
         gateway.nats.kill()
     else:
         gateway.process.send_signal(number)
-        if number == signal.SIGKILL:
-            gateway.process.wait(15)
+        eventually(lambda: not is_at_work(gateway.process), "the signal has arrived")
     answer = httpx2.get(f"{shared_gateway.running().url}/v1/status", timeout=15)
     assert answer.is_success, answer.text
