@@ -43,12 +43,13 @@ else
 test: lint types run-tests
 endif
 
-# Tests wait more than they compute: one worker more than cores. A file's tests share servers, and so one worker.
+# Tests wait more than they compute: one worker more than cores. A file's tests share servers, and so one worker; the
+# files stay in the order of tests/conftest.py, long ones first.
 TEST_WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min((os.cpu_count() or 1) + 1, 8))')
 
 run-tests: setup
 	@scripts/system-packages.sh test
-	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS) tests/$(SERVICE)
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS) tests/$(SERVICE)
 
 # No test below `unit` starts a process: as many workers as cores, and each test goes to whichever is free.
 test-unit: setup

@@ -33,8 +33,8 @@ from tests.fetcher.service.test_peers import LIAR, blob_of, claiming
 from tests.harness.node import Node, running_nodes
 
 FILE = "model.safetensors"
-KILL_ROUNDS = int(os.environ.get("SHOAL_KILL_ROUNDS", "2"))
-"""Rounds of kills at random points, of each kind."""
+MANY_ROUNDS = 20
+"""Rounds of kills at random points, of each kind, in `make test-long`."""
 SLOW = Faults(bytes_per_s=8 * LEAF_BYTES)
 AHEAD_BYTES = 8 * LEAF_BYTES
 """Bytes that the hub may have sent into the sockets of a killed process."""
@@ -250,12 +250,13 @@ async def test_I1_a_false_origin_is_caught_at_the_seal_and_banned(site: Site) ->
         assert site.hub_bytes() == size and "fetching it again" in site["b"]["fetcher"].log()
 
 
-@pytest.mark.deadline_s(60.0 + 30.0 * KILL_ROUNDS)
+@pytest.mark.deadline_s(60.0 + 30.0 * MANY_ROUNDS)
+@pytest.mark.parametrize("rounds", [2, pytest.param(MANY_ROUNDS, marks=pytest.mark.long)])
 @pytest.mark.parametrize("who", ["origin", "receiver", "sender"])
-async def test_I6_kills_at_random_points_end_in_complete_models(site: Site, who: str) -> None:
+async def test_I6_kills_at_random_points_end_in_complete_models(site: Site, who: str, rounds: int) -> None:
     draw = random.Random(f"{who} {os.environ.get('SHOAL_KILL_SEED', '')}")
     async with site.join() as here:
-        for number in range(KILL_ROUNDS):
+        for number in range(rounds):
             repo = f"{site.repo}-{number}"
             size = site.make(files := {FILE: noise(24 * LEAF_BYTES, repo)}, repo)
             site.hub.set_faults(SLOW)

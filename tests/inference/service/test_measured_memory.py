@@ -109,6 +109,10 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
+SAMPLE = ("llama", "qwen3_moe", "deepseek_v3", "gemma3_text")
+"""One of each kind of weights and caches; the others are measured by `make test-long AREA=inference`."""
+
+
 def write(directory: Path, name: str) -> Path:
     """Write a random model in the hub's format."""
     config = {**COMMON, **MODELS[name]}
@@ -132,7 +136,9 @@ def weighed(directory: Path) -> dict[str, int]:
     return found
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [name if name in SAMPLE else pytest.param(name, marks=pytest.mark.long) for name in MODELS]
+)
 def test_predicted_memory_is_what_mlx_reports(name: str, tmp_path: Path) -> None:
     directory = write(tmp_path / name, name)
     shape = read_model_shape(directory)

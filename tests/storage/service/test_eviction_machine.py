@@ -9,9 +9,17 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from shoal_common.errors import QuotaExceeded
 from shoal_common.settings.node import StorageSettings
@@ -269,10 +277,14 @@ class EvictionMachine(RuleBasedStateMachine):
             assert blobs <= on_disk | self.ledger.arrivals.partials.keys(), "what a fetch counts on went"
 
 
-EvictionMachine.TestCase.settings = settings(
-    max_examples=280,
-    stateful_step_count=50,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
-)
-test_I3_I4_no_life_of_a_store_breaks_its_limits_or_pins = EvictionMachine.TestCase
+@pytest.mark.parametrize("lives", [90, pytest.param(1000, marks=pytest.mark.long)])
+def test_I3_I4_no_life_of_a_store_breaks_its_limits_or_pins(lives: int) -> None:
+    run_state_machine_as_test(
+        EvictionMachine,
+        settings=settings(
+            max_examples=lives,
+            stateful_step_count=50,
+            deadline=None,
+            suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+        ),
+    )

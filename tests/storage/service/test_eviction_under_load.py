@@ -1,12 +1,8 @@
-"""Fifty requests at once on a real disk: limits hold, protected models stay, a deletion frees what it says.
-
-CI issues two hundred; SHOAL_STEPS=10000 in the environment makes it at least so many requests.
-"""
+"""Fifty requests at once on a real disk: limits hold, protected models stay, a deletion frees what it says."""
 
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 import secrets
 import tempfile
@@ -46,7 +42,6 @@ from tests.storage.store_fixtures import Model, check_invariants, put
 
 CONCURRENT = 50
 ROUNDS = 4
-STEPS = int(os.environ.get("SHOAL_STEPS", "200"))
 EXPECTED = (QuotaExceeded, NotFound, InUse)
 WEIGHTS = {"pull": 20, "reserve": 2, "commit": 3, "seal": 3, "release": 4, "delete": 3, "pin": 1, "unpin": 4}
 WEIGHTS |= {"used": 4, "gc": 2, "plan": 4}
@@ -185,11 +180,12 @@ async def live(server: NatsServer, home: Path, node: str, limits: StorageSetting
             await serving
 
 
-def test_I3_I4_fifty_requests_at_once_keep_limits_and_protected(nats: NatsServer) -> None:
+@pytest.mark.parametrize("steps", [200, pytest.param(10_000, marks=pytest.mark.long)])
+def test_I3_I4_fifty_requests_at_once_keep_limits_and_protected(nats: NatsServer, steps: int) -> None:
     issued.clear()
 
     @settings(
-        max_examples=-(-STEPS // (CONCURRENT * ROUNDS)),
+        max_examples=-(-steps // (CONCURRENT * ROUNDS)),
         deadline=None,
         database=None,
         suppress_health_check=[HealthCheck.too_slow],
@@ -202,4 +198,4 @@ def test_I3_I4_fifty_requests_at_once_keep_limits_and_protected(nats: NatsServer
 
     lives()
     print(dict(issued))  # with `-s`: requests issued, requests refused, and how often models were evicted
-    assert sum(issued[verb] for verb in WEIGHTS) >= STEPS and issued["evictions"] >= STEPS // (CONCURRENT * ROUNDS)
+    assert sum(issued[verb] for verb in WEIGHTS) >= steps and issued["evictions"] >= steps // (CONCURRENT * ROUNDS)

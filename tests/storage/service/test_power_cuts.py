@@ -158,11 +158,13 @@ class Cuts:
         return ""
 
 
+@pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.long)])
 @pytest.mark.parametrize(("kind", "has_volume"), [("ext4", False), ("xfs", False), ("ext4", True)])
-def test_I6_I1_I2_a_power_cut_at_any_moment_loses_nothing_acked(tmp_path: Path, kind: str, has_volume: bool) -> None:
+def test_I6_I1_I2_a_power_cut_at_any_moment_loses_nothing_acked(
+    tmp_path: Path, kind: str, has_volume: bool, every: int
+) -> None:
     if reason := _can_mount(kind):
         pytest.skip(f"power cuts on {kind} are NOT tested here: {reason}")
-    every = {"ext4": 3 if has_volume else 1, "xfs": 3}[kind]
     cuts, wrong = Cuts(kind, tmp_path, has_volume).run(every)
     assert not wrong, "\n".join(wrong)
     assert cuts > 240 // every
