@@ -21,7 +21,7 @@ from tests.harness.ports import held_closed
 pytest_plugins = ("tests.harness.strict_skips", "tests.harness.unit_guard")
 
 TEST_DEADLINE_S = 120.0
-_LONG_FIRST = ("service", "cluster", "hub", "harness", "unit", "docs", "tests")
+_LONG_FIRST = ("cluster", "service", "hub", "harness", "unit", "docs", "tests")
 
 # No rule is broken by a slow machine: Hypothesis would take 200 ms for an example as a failure.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
