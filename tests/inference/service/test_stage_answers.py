@@ -110,11 +110,12 @@ def test_preempted_requests_wait_for_older_ones_and_still_answer(ring: RingOfSta
 
 
 def test_eight_at_a_time_are_answered_time_after_time(ring: RingOfStages, run: Run[Any]) -> None:
-    async def eight() -> None:
-        await asyncio.gather(*(ring.generate(PROMPT[:4], 2) for _ in range(8)))
+    async def eight() -> list[list[TokenEvent]]:
+        return await asyncio.gather(*(ring.generate(PROMPT[:4], 2) for _ in range(8)))
 
+    expected = one_process(ring.model_dir, PROMPT[:4], 2)
     for _ in range(5):
-        run(eight())
+        assert [ids(answer) for answer in run(eight())] == [expected] * 8
 
 
 def test_a_ninth_request_is_refused_busy_and_the_others_finish(ring: RingOfStages, run: Run[Any]) -> None:
