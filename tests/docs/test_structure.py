@@ -61,6 +61,22 @@ def test_one_module_alone_uses_the_bucket_of_outcomes() -> None:
     assert [p.name for p in modules(ROOT) if "buckets.done" in p.read_text()] == ["outcomes.py"]
 
 
+def _at_import(node: ast.AST) -> Iterator[ast.AST]:
+    """Yield what runs when a module is imported: everything but the bodies of functions."""
+    yield node
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield from _at_import(child)
+
+
+def test_importing_a_module_makes_no_threads() -> None:
+    names = {"ThreadPoolExecutor", "ProcessPoolExecutor", "Thread"}
+    for path in modules(ROOT):
+        for node in _at_import(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                assert ast.unparse(node.func).rpartition(".")[2] not in names, f"{short(path)}:{node.lineno}"
+
+
 def test_a_pure_module_is_called_after_what_it_decides() -> None:
     assert not [p for p in modules(ROOT) if p.name == "decide.py"]
 
