@@ -12,6 +12,7 @@ import pytest
 from shoal_demo.hub_server import running_hub
 from tests.fetcher.pull_site import Site
 from tests.harness.fresh import Fresh
+from tests.harness.memory_directory import directory_in_memory
 from tests.harness.nats import NatsServer
 from tests.harness.node import Node, restore, running_nodes, wait_ready
 from tests.storage.deletion_fixtures import NODE, SERVICES
@@ -23,6 +24,13 @@ def root(tmp_path: Path) -> Iterator[Path]:
     """The path of a store. Whatever a test does to it, I1 and I2 hold at its end."""
     yield tmp_path / "store"
     check_invariants(tmp_path / "store")
+
+
+@pytest.fixture
+def in_memory() -> Iterator[Path]:
+    """A directory in memory where there is one: for tests about failures, not durability."""
+    with directory_in_memory() as directory:
+        yield directory
 
 
 @pytest.fixture

@@ -5,9 +5,7 @@ Decisions and disk are the service's own; the free space of the disk is computed
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from pathlib import Path
+from contextlib import ExitStack
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -34,6 +32,7 @@ from shoal_storage.store.commit import commit_blob, delete_blob, seal_model
 from shoal_storage.store.partials import delete_partial, verify_partial, write_partial
 from shoal_storage.store.store import Store
 from shoal_storage.store.tombstones import begin_delete, finish_delete
+from tests.harness.memory_directory import directory_in_memory
 from tests.storage.store_fixtures import Model, check_invariants, put, sha256
 
 FILES = {f"file-{n}": bytes([n]) * size for n, size in enumerate([0, 1, 90, 150, 200, 300, 400])}
@@ -54,7 +53,8 @@ class EvictionMachine(RuleBasedStateMachine):
         policy=st.sampled_from(["lru"] * 7 + ["manual"]),
     )
     def begin(self, quota: int | None, total: int, headroom: int, policy: str) -> None:
-        self.root = Path(tempfile.mkdtemp(prefix="shoal-lives-"))
+        self.stack = ExitStack()
+        self.root = self.stack.enter_context(directory_in_memory())
         self.limits = StorageSettings(quota, headroom, "lru" if policy == "lru" else "manual")
         self.total_bytes, self.now_s = total, 1_700_000_000.0
         self.used_by: dict[str, list[ModelUser]] = {}
@@ -72,8 +72,8 @@ class EvictionMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "root"):
-            check_invariants(self.root)
-            shutil.rmtree(self.root)
+            with self.stack:
+                check_invariants(self.root)
 
     def blob_bytes(self) -> int:
         """The bytes on disk, by its files."""

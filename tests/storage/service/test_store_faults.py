@@ -9,7 +9,6 @@ import errno
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -39,21 +38,6 @@ def faults_of(call: Call) -> tuple[int, ...]:
     return (*ANY_CALL, errno.EMLINK) if call.name == "mkdir" else ANY_CALL
 
 
-@pytest.fixture
-def fast(tmp_path: Path) -> Iterator[Path]:
-    """A directory in memory where there is one: these tests are about failures, not durability."""
-    memory = Path("/dev/shm")
-    if not memory.is_dir():
-        yield tmp_path
-        return
-    directory = memory / f"shoal-test-{os.getpid()}"
-    directory.mkdir()
-    try:
-        yield directory
-    finally:
-        shutil.rmtree(directory)
-
-
 def live_with_fault(directory: Path, site: tuple[str, str], number: int) -> tuple[Acknowledged, bool]:
     """A life in which the first call at a site fails. Returns what it acknowledged, and whether it failed."""
     acknowledged, refused = Acknowledged(), False
@@ -76,16 +60,16 @@ def live_with_fault(directory: Path, site: tuple[str, str], number: int) -> tupl
     return acknowledged, False
 
 
-def test_I6_no_refused_call_is_a_success_and_the_store_goes_on(fast: Path) -> None:
-    (fast / "whole").mkdir()
-    with seen(fast / "whole") as whole:
-        live(fast / "whole" / "store", lambda *_: None)
+def test_I6_no_refused_call_is_a_success_and_the_store_goes_on(in_memory: Path) -> None:
+    (in_memory / "whole").mkdir()
+    with seen(in_memory / "whole") as whole:
+        live(in_memory / "whole" / "store", lambda *_: None)
     calls = {(c.name, c.site): c for c in whole.calls}
     points = [(site, number) for site, call in calls.items() for number in faults_of(call)]
     assert len(points) > 200, len(points)
     wrong = []
     for at, (site, number) in enumerate(points):
-        directory = fast / str(at)
+        directory = in_memory / str(at)
         try:
             acknowledged, failed = live_with_fault(directory, site, number)
             assert failed or site[0] != "fsync", "a failed fsync went unnoticed"
