@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from shoal_common.messages.storage import CollectGarbage, StorageState, Verify
+from shoal_storage.files.blob_stat import stat_blob
+from shoal_storage.scan import unverified
 from tests.fileserver.running_fileserver import Fileserver
 from tests.harness.fresh import Fresh
 from tests.harness.nats import NatsServer
@@ -181,6 +183,28 @@ async def in_pieces(node: Node, fileserver: Fileserver, source: Path) -> None:
             await wait_storage_state(node, "the piece is noticed", lambda s, e=expected: s.used_bytes == e)  # type: ignore[misc]
             assert (await fileserver.blob(source.name)).status == 404
             target.chmod(0o644)
+
+
+@pytest.mark.parametrize("when", ["clear_stamp", "fsync_path"])
+def test_a_file_written_while_it_is_called_corrupt_is_hashed_again(
+    root: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    store = StoreFixture(root)
+    path = store.layout.blob(WEIGHTS)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(LARGE.bytes["weights.bin"][:1000])
+    hashed = stat_blob(store.layout, path)
+    assert hashed is not None
+    step = getattr(unverified, when)
+
+    def written_meanwhile(*arguments: object) -> None:
+        step(*arguments)
+        with path.open("ab") as f:
+            f.write(LARGE.bytes["weights.bin"][1000:])
+
+    monkeypatch.setattr(unverified, when, written_meanwhile)
+    corrupt, now = unverified.mark_corrupt(store.disk, WEIGHTS, hashed), stat_blob(store.layout, path)
+    assert now is not None and (corrupt is None or not corrupt.same_file(now)), "the whole file is taken for the part"
 
 
 async def test_I1_a_copy_with_a_wrong_byte_is_never_offered_or_deleted(

@@ -159,8 +159,11 @@ def mark_corrupt(store: Store, sha256: str, stat: BlobFileStat) -> BlobFileStat 
         return None
     leaf_hash_file.delete(store.layout, sha256)
     clear_stamp(sha256, path)
+    # Before the fsync, which may take long: what is written meanwhile was not hashed.
+    cleared = stat_blob(store.layout, path)
     fsync_path(path)
-    return stat_blob(store.layout, path)
+    has_only_lost_stamp = cleared is not None and current.is_verified and cleared.size_bytes == current.size_bytes
+    return cleared if cleared is not None and (cleared.same_file(current) or has_only_lost_stamp) else None
 
 
 def _stat_of(path: Path) -> os.stat_result | None:
