@@ -186,7 +186,7 @@ async def in_pieces(node: Node, fileserver: Fileserver, source: Path) -> None:
 
 
 @pytest.mark.parametrize("when", ["clear_stamp", "fsync_path"])
-def test_a_file_written_while_it_is_called_corrupt_is_hashed_again(
+def test_a_file_written_while_found_corrupt_is_hashed_again(
     root: Path, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
     store = StoreFixture(root)
