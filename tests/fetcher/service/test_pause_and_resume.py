@@ -183,6 +183,11 @@ async def test_all_of_a_node_is_paused_and_resumed_at_once(site: Site) -> None:
         assert outcome.result == {"models": dict.fromkeys(repos, "resumed")}
         for repo in repos:
             await here.state("a", lambda s: s.phase == "ready", repo, 45)
+
+        async def nothing_is_requested() -> bool:
+            return not [repo for repo in repos if await here.buckets.spec.get(download_key("a", repo))]
+
+        await eventually(nothing_is_requested, "the requests of ready models are deleted")
         assert (await here.ask("a", "pause", b"{}")).result == {"models": {}}
 
 
