@@ -25,6 +25,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from shoal_common.names import model_id
 from shoal_storage.store.commit import commit_blob
 from shoal_storage.store.partials import verify_partial, write_partial
 
@@ -64,7 +65,7 @@ def in_store(root: Path, source: Path, sha256: str) -> float:
     """Return the seconds to put the bytes into a store: written by a plain loop, then committed by storage."""
     disk = Store(root)
     disk.open()
-    write_partial(disk, sha256, BLOB_BYTES, ["org/model@" + "0" * 40])
+    write_partial(disk, sha256, BLOB_BYTES, [model_id("org/model", "0" * 40)])
     started_s = time.perf_counter()
     with source.open("rb", buffering=0) as f, (disk.layout.partial(sha256) / "data").open("r+b", buffering=0) as to:
         while chunk := f.read(CHUNK_BYTES):
@@ -151,7 +152,7 @@ def build_store(root: Path) -> None:
             paths.leaf_list(name).parent.mkdir(exist_ok=True)
             paths.leaf_list(name).write_bytes(bytes(2 * HASH_BYTES))
         build_view(paths, manifest)
-        path = paths.manifest(manifest.repo, manifest.commit)
+        path = paths.manifest(manifest.model)
         path.parent.mkdir()
         path.write_bytes(encode(manifest))
 

@@ -24,6 +24,7 @@ import msgspec
 from shoal_common import messages
 from shoal_common.messages import WireStruct
 from shoal_common.messages.envelope import Command
+from shoal_common.names import ModelId
 from shoal_common.settings.declaration import Setting
 
 ROOT = Path(__file__).parents[1]
@@ -35,7 +36,7 @@ Struct = type[msgspec.Struct]
 _SUBJECT = re.compile(r"`((?:cmd|svc)\.[^`]+)`: ")
 _PUBLISHER = re.compile(r"(?:key `[^`]+`|Subject `[^`]+` \([^)]*\)), published by ([^.]+)")
 _SCALARS: dict[Any, str] = {str: "string", int: "integer", float: "number", bool: "boolean", bytes: "base64"}
-_SCALARS |= {Any: "any JSON", msgspec.Raw: "any JSON"}
+_SCALARS |= {ModelId: "string", Any: "any JSON", msgspec.Raw: "any JSON"}
 
 
 class Endpoint(NamedTuple):

@@ -18,6 +18,7 @@ from shoal_common.messages.envelope import Outcome
 from shoal_common.messages.instances import InstanceSpec, StageSpec
 from shoal_common.messages.liveness import LivenessRecord
 from shoal_common.messages.storage import ModelState, StorageState
+from shoal_common.names import model_id
 from shoal_demo.hub_server import running_hub
 from tests.fetcher.hub_repos import noise
 from tests.fetcher.pull_site import Pulls, Site
@@ -147,7 +148,7 @@ async def test_I7_commands_for_a_down_node_end_and_are_never_executed(
                     await eventually(queue_is_empty, "the queue is empty", ENDS_DEADLINE_S)
                     state = await here.buckets.state.get_as(storage_key("b"), StorageState)
                     assert state is not None and state.quota_bytes is None and state.pinned == []
-                    held = await here.buckets.state.get_as(model_key("b", f"{MODEL}@{pulled.commit}"), ModelState)
+                    held = await here.buckets.state.get_as(model_key("b", model_id(MODEL, pulled.commit)), ModelState)
                     assert held is not None
                     assert await here.state_now("b", OTHER) is None and site.hub_bytes(OTHER) == 0
                     assert await here.buckets.spec.get(instance_key(INSTANCE)) is not None

@@ -77,6 +77,16 @@ def test_importing_a_module_makes_no_threads() -> None:
                 assert ast.unparse(node.func).rpartition(".")[2] not in names, f"{short(path)}:{node.lineno}"
 
 
+# These cut credentials out of a URL.
+OF_URLS = {"range_reader.py", "connection.py", "node_plan.py"}
+
+
+def test_only_names_takes_the_name_of_a_model_apart() -> None:
+    by_hand = re.compile(r"""(partition|split)\(["']@|repo\}@\{\w*\.?commit""")
+    found = {p.name for p in modules(ROOT) if by_hand.search(p.read_text())}
+    assert found - OF_URLS == {"names.py"}
+
+
 def test_a_pure_module_is_called_after_what_it_decides() -> None:
     assert not [p for p in modules(ROOT) if p.name == "decide.py"]
 

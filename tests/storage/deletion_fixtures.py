@@ -64,7 +64,7 @@ class DeletionCase:
     async def view(self) -> Path:
         """The directory of its view."""
         manifest = await self.manifest()
-        return self.node.layout.view(manifest.repo, manifest.commit)
+        return self.node.layout.view(manifest.model)
 
     async def is_published(self, manifest: Manifest) -> bool:
         """Whether the model is published for this node."""

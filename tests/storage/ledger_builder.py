@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from shoal_common.messages.manifest import Manifest
+from shoal_common.names import ModelId
 from shoal_storage.ledger.entries import PartialBlobInfo, Shard
 from shoal_storage.ledger.ledger import Ledger
 
@@ -15,11 +16,11 @@ def build_ledger(
     manifests: Iterable[Manifest] = (),
     partials: Mapping[str, PartialBlobInfo] | None = None,
     shards: Iterable[Shard] = (),
-    reservations: Mapping[str, Iterable[str]] | None = None,
-    last_wanted_s: Mapping[str, float] | None = None,
-    ended_reservations: Iterable[str] = (),
-    last_uses: Mapping[str, float] | None = None,
-    pinned: Iterable[str] = (),
+    reservations: Mapping[ModelId, Iterable[str]] | None = None,
+    last_wanted_s: Mapping[ModelId, float] | None = None,
+    ended_reservations: Iterable[ModelId] = (),
+    last_uses: Mapping[ModelId, float] | None = None,
+    pinned: Iterable[ModelId] = (),
 ) -> Ledger:
     """Return a ledger with these contents; models that lack a blob are incomplete."""
     ledger = Ledger()

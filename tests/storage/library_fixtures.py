@@ -15,6 +15,7 @@ from nats.js.errors import NotFoundError
 
 from shoal_common.bus.keys import model_key
 from shoal_common.messages.storage import Configure, LibraryState, ModelState
+from shoal_common.names import ModelId
 from tests.fileserver.running_fileserver import Fileserver
 from tests.harness.nats import NatsServer
 from tests.harness.process import Process
@@ -124,7 +125,7 @@ async def listening(node: Node, **environ: str) -> AsyncIterator[Process]:
         yield process
 
 
-async def wait_published(node: Node, model: str) -> ModelState:
+async def wait_published(node: Node, model: ModelId) -> ModelState:
     """Wait until a model (`org/name@commit`) is published."""
 
     async def published() -> ModelState | None:
@@ -150,7 +151,7 @@ async def set_libraries(node: Node, *libraries: Path) -> None:
     assert outcome.result["libraries"] == [str(r) for r in libraries]
 
 
-async def wait_unpublished(node: Node, model: str) -> None:
+async def wait_unpublished(node: Node, model: ModelId) -> None:
     """Wait until a model is unpublished."""
 
     async def unpublished() -> bool:

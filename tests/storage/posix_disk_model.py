@@ -14,7 +14,7 @@ from tests.storage.crash_child_model import COMES, LEAVES, STAYS
 from tests.storage.store_fixtures import Model
 from tests.storage.syscall_tracer import Call
 
-MODELS = {m.name: m for m in (STAYS, LEAVES, COMES)}
+MODELS: dict[str, Model] = {m.name: m for m in (STAYS, LEAVES, COMES)}
 
 
 class File:
@@ -149,10 +149,7 @@ def violations(root: str, events: list[Call | tuple[str, str]], has_volume: bool
     for event in events:
         if isinstance(event, Call):
             if event.name == "unlink" and deleting is not None and "blobs" in PurePath(event.paths[0]).parts:
-                tombstone = (
-                    paths.tombstones
-                    / f"{paths.manifest(deleting.manifest.repo, deleting.manifest.commit).parent.name}"
-                )
+                tombstone = paths.tombstones / f"{paths.manifest(deleting.manifest.model).parent.name}"
                 tombstone = tombstone.with_name(f"{tombstone.name}@{deleting.manifest.commit}.json")
                 if not disk.certain(tombstone):
                     yield f"I6: {event}: a deletion that nothing would finish"
@@ -183,7 +180,7 @@ def _at_any_time(disk: StrictDisk, paths: Paths, lost: set[str]) -> Iterator[str
             for bitmap in (paths.quarantined_have(blob), paths.partial(blob) / "have"):
                 if any(isinstance(f, File) and f.dirty for f in disk.may_be(bitmap)):
                     yield f"I6: {bitmap.parent.name}/{bitmap.name[:12]} claims leaves without its bytes"
-        manifests = disk.may_be(paths.manifest(model.sealed.repo, model.sealed.commit))
+        manifests = disk.may_be(paths.manifest(model.sealed.model))
         if any(isinstance(m, File) and m.dirty for m in manifests):
             yield f"I2: the manifest of {model.name} without its bytes"
         for blob in model.sealed.blob_sizes if manifests else ():
@@ -229,10 +226,10 @@ def _of_a_blob(paths: Paths, what: str, which: str, renamed: list[Call]) -> tupl
 
 
 def _of_a_model(paths: Paths, what: str, model: Model) -> tuple[list[PurePath], list[PurePath]]:
-    manifest = paths.manifest(model.sealed.repo, model.sealed.commit)
+    manifest = paths.manifest(model.sealed.model)
     tombstone = paths.tombstones / f"{manifest.parent.name}@{manifest.name}"
     own = set(model.sealed.blob_sizes) - {b for m in MODELS.values() if m != model for b in m.sealed.blob_sizes}
-    pin: PurePath = paths.pin(model.manifest.repo, model.manifest.commit)
+    pin: PurePath = paths.pin(model.manifest.model)
     reserved: dict[str, tuple[list[PurePath], list[PurePath]]] = {
         "sealed": ([manifest], []),
         "deleted": ([], [manifest, tombstone, *(paths.blob(b) for b in own)]),

@@ -31,6 +31,7 @@ from shoal_common.messages.storage import (
     SpaceCheck,
     StorageState,
 )
+from shoal_common.names import ModelId
 from shoal_common.rpc.request_reply import RpcClient, RpcEndpoint, serve
 from shoal_common.store.store_paths import StorePaths
 from tests.harness.nats import Joined, NatsServer, joined
@@ -127,7 +128,7 @@ class Node:
         """storage.plan"""
         return await self.ask("plan", PlanEviction(need_bytes=need_bytes), EvictionPlan)
 
-    async def ask_room(self, model: str) -> SpaceCheck:
+    async def ask_room(self, model: ModelId) -> SpaceCheck:
         """storage.room"""
         return await self.ask("check_space", CheckSpace(model=model), SpaceCheck)
 

@@ -14,6 +14,7 @@ from msgspec import structs
 from shoal_common.errors import BadMessage
 from shoal_common.messages import decode
 from shoal_common.messages.manifest import Manifest, ManifestFile
+from shoal_common.names import ModelId
 from shoal_common.settings.node import StorageSettings
 from shoal_common.store.bitmap import LEAF_BYTES, Bitmap, leaf_count
 from shoal_common.store.leaf_hash import hash_leaf_list, leaf_hash
@@ -87,7 +88,7 @@ class Model:
         return structs.replace(self.sealed, files=files)
 
     @property
-    def name(self) -> str:
+    def name(self) -> ModelId:
         """`org/name@commit`."""
         return self.manifest.model
 
@@ -199,8 +200,8 @@ class StoreFixture:
     def delete(self, model: Model) -> None:
         """Delete a model."""
         blobs = blobs_freed_by(model.name, self.ledger)
-        begin_delete(self.disk, model.manifest.repo, model.manifest.commit)
-        finish_delete(self.disk, model.manifest.repo, model.manifest.commit, blobs)
+        begin_delete(self.disk, model.manifest.model)
+        finish_delete(self.disk, model.manifest.model, blobs)
         self.ledger.drop_manifest(model.name)
         for blob in blobs:
             self.ledger.drop_blob(blob)
@@ -228,7 +229,7 @@ class StoreFixture:
 
     def holds(self, model: Model) -> bool:
         """Whether a model is complete, every byte of its view included."""
-        view = self.layout.view(model.manifest.repo, model.manifest.commit)
+        view = self.layout.view(model.manifest.model)
         return model.name in self.ledger.manifests and all(
             (view / path).read_bytes() == data for path, data in model.bytes.items()
         )
@@ -268,7 +269,7 @@ def files_of(*models: Model) -> set[str]:
         str(path)
         for m in models
         for path in (
-            layout.manifest(m.sealed.repo, m.sealed.commit),
+            layout.manifest(m.sealed.model),
             *(layout.blob(f.sha256) for f in m.sealed.files),
             *(layout.leaf_list(f.sha256) for f in m.sealed.files),
             *(layout.view_file(m.sealed, f.path) for f in m.sealed.files),

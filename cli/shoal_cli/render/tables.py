@@ -14,6 +14,7 @@ from shoal_common.messages.downloads import ENDED_PHASES
 from shoal_common.messages.placement import FittingModels, Previews, Rebalances
 from shoal_common.messages.storage import StorageState
 from shoal_common.messages.views import InstanceView, ModelView, NodeView, StatusView, StorageView
+from shoal_common.names import commit_of, repo_of
 from shoal_common.units import format_bytes, format_duration
 
 _PHASE_STYLES = {"ready": "green", "starting": "yellow", "degraded": "yellow", "failed": "red"}
@@ -170,10 +171,9 @@ def fits_table(answer: FittingModels) -> RenderableType:
     """Return the models and whether they could be placed now."""
     table = _table("model", "size", "memory", "tokens/s", "layout, or why not")
     for f in answer.models:
-        ref, _, commit = f.model.partition("@")
         p = f.preview
         table.add_row(
-            f"{ref} ({commit[:8]})",
+            f"{repo_of(f.model)} ({commit_of(f.model)[:8]})",
             format_bytes(f.size_bytes),
             Text(f.tier or "does not fit", style=_TIER_STYLES.get(f.tier, "red")),
             _speed(p.tokens_per_s) if p else "-",

@@ -7,6 +7,7 @@ in paths, subjects and keys.
 from __future__ import annotations
 
 import re
+from typing import NewType
 
 import msgspec
 
@@ -27,6 +28,35 @@ DEFAULT_REVISION = "main"
 _MAX_HOLDER_CHARACTERS = 200
 LOCAL_REVISION = "local"
 """Revision of a model that no hub knows, such as a person's own directory; plain `org/name` never means it."""
+
+
+ModelId = NewType("ModelId", str)
+"""A model at a commit, `org/name@commit`: the one name that never changes its meaning.
+
+A str on the wire, in keys and in dictionaries. No class of its own: msgspec does not encode a subclass of str, and a
+custom type takes a hook wherever something is encoded or decoded, and 2.7 times as long for a map of 5,000 models.
+"""
+
+
+def model_id(repo: str, commit: str) -> ModelId:
+    """Return the id of a repo at a commit."""
+    return ModelId(f"{repo}@{commit}")
+
+
+def repo_of(model: ModelId) -> str:
+    """Return `org/name` of a model."""
+    return model.rpartition("@")[0]
+
+
+def commit_of(model: ModelId) -> str:
+    """Return the commit of a model."""
+    return model.rpartition("@")[2]
+
+
+def check_model_id(text: str) -> ModelId:
+    """Return `org/name@commit`. Raises BadName."""
+    ref = ModelRef.parse(text)
+    return model_id(ref.repo, check_commit(ref.revision))
 
 
 class ModelRef(msgspec.Struct, frozen=True):

@@ -18,7 +18,7 @@ from shoal_common.messages.downloads import DownloadRequest, DownloadState
 from shoal_common.messages.liveness import LivenessRecord
 from shoal_common.messages.manifest import Manifest
 from shoal_common.messages.storage import ModelState, StorageState
-from shoal_common.names import ModelRef
+from shoal_common.names import ModelId, ModelRef
 from shoal_fetcher.sources.failure_policy import BlobHolder
 from shoal_fetcher.sources.source_selection import holders
 
@@ -111,7 +111,7 @@ class ClusterView:
         downloads = (d for _, d in self._state.items("download.", DownloadState))
         return {d.leaf_list_digests[sha256] for d in downloads if d.node in live and sha256 in d.leaf_list_digests}
 
-    def nodes_holding(self, ref: ModelRef) -> list[tuple[str, str]]:
+    def nodes_holding(self, ref: ModelRef) -> list[tuple[str, ModelId]]:
         """Return `(node, org/name@commit)` of the nodes that hold what `ref` names, this one first."""
         live = {key.partition(".")[0] for key, _ in self._live.items("", LivenessRecord) if key.endswith(".storage")}
         holder = [

@@ -23,6 +23,7 @@ from shoal_common.messages.storage import (
     ShardState,
     SpaceCheck,
 )
+from shoal_common.names import ModelId
 from shoal_common.rpc.request_reply import RpcClient
 from shoal_common.store import leaf_set
 from shoal_fetcher.cluster_view import ClusterView
@@ -93,13 +94,13 @@ class StorageClient:
         except Corrupt as e:
             raise BlobHashMismatch(e.message, **e.details) from e
 
-    async def check_space(self, model: str) -> SpaceCheck:
+    async def check_space(self, model: ModelId) -> SpaceCheck:
         """Return whether there is space again for the reservations, `model` (`org/name@commit`) among them."""
         return await self._request("check_space", CheckSpace(model=model), SpaceCheck)
 
-    async def release(self, repo: str, commit: str, blobs: Iterable[str]) -> None:
+    async def release(self, model: ModelId, blobs: Iterable[str]) -> None:
         """Release a reservation. Deletes what only it needed: its partial blobs, and these complete ones."""
-        request = Release(model=f"{repo}@{commit}", blobs=sorted(blobs))
+        request = Release(model=model, blobs=sorted(blobs))
         await self._request("release", request, Empty, restart_wait_s=_RELEASE_RESTART_WAIT_S)
 
     async def _request(

@@ -9,6 +9,7 @@ import msgspec
 
 from shoal_common.bus.network_use import require_network_allowed
 from shoal_common.errors import ShoalError
+from shoal_common.names import ModelId
 
 PUBLISH_WAIT_S = 1.0
 """How long a request that can be answered without it waits for the state to be published."""
@@ -17,7 +18,7 @@ PUBLISH_WAIT_S = 1.0
 class PublishBatch(msgspec.Struct, frozen=True):
     """What to publish in one pass, with the disk's own state; `done` is set at its end."""
 
-    models: set[str]
+    models: set[ModelId]
     """Models (`org/name@commit`) whose published state may be wrong."""
     everything: bool
     done: asyncio.Future[None]
@@ -27,12 +28,12 @@ class PublishQueue:
     """Requests to publish. Those that wait while a pass runs are one pass: the latest state is published once."""
 
     def __init__(self) -> None:
-        self._models: set[str] = set()
+        self._models: set[ModelId] = set()
         self._everything = False
         self._next_pass: asyncio.Future[None] | None = None
         self._wanted = asyncio.Event()
 
-    def notify(self, *models: str) -> None:
+    def notify(self, *models: ModelId) -> None:
         """Have the disk's state published, and that of these models (`org/name@commit`), gone ones too."""
         self._models.update(models)
         self._wanted.set()
@@ -42,7 +43,7 @@ class PublishQueue:
         self._everything = True
         self._wanted.set()
 
-    async def publish(self, *models: str) -> None:
+    async def publish(self, *models: ModelId) -> None:
         """Like `notify`; return once it is published. Raises ShoalError if a pass fails, which is repeated."""
         self.notify(*models)
         await self._wait_published()
@@ -52,7 +53,7 @@ class PublishQueue:
         self.notify_all()
         await self._wait_published()
 
-    async def publish_soon(self, *models: str) -> None:
+    async def publish_soon(self, *models: ModelId) -> None:
         """Like `publish`, but wait for at most PUBLISH_WAIT_S and for no NATS that is down."""
         with suppress(TimeoutError, ShoalError):
             async with asyncio.timeout(PUBLISH_WAIT_S):

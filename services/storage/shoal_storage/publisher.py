@@ -15,7 +15,7 @@ from shoal_common.messages import encode
 from shoal_common.messages.manifest import Manifest
 from shoal_common.messages.storage import LibraryState, ModelState, ShardState, StorageState, VolumeState
 from shoal_common.models.model_shape import read_model_shape
-from shoal_common.names import DEFAULT_REVISION
+from shoal_common.names import DEFAULT_REVISION, ModelId
 from shoal_common.settings.node import PublishedSettings, StorageSettings
 from shoal_common.settings.values import changeable, overridden_by_env
 from shoal_storage.context import StorageContext
@@ -105,8 +105,8 @@ class StatePublisher:
             self._revisions.clear()
             self._published = None
             models |= {*ledger.manifests, *ledger.libraries.models, *ledger.shards}
-            models |= {f"{m.repo}@{m.commit}" for _, m in self._model_mirror.items("model.", ModelState)}
-            models |= {f"{m.repo}@{m.commit}" for _, m in self._model_mirror.items("shard.", ShardState)}
+            models |= {m.model for _, m in self._model_mirror.items("model.", ModelState)}
+            models |= {m.model for _, m in self._model_mirror.items("shard.", ShardState)}
         for model in sorted(models):
             async with self._context.section as held:
                 model_state, shard_state = await asyncio.to_thread(self._read, held, model)
@@ -114,7 +114,7 @@ class StatePublisher:
             await self._put_or_delete(shard_key(self._node, model), shard_state)
         await self._publish_storage()
 
-    def _read(self, held: Held, model: str) -> tuple[ModelState | None, ShardState | None]:
+    def _read(self, held: Held, model: ModelId) -> tuple[ModelState | None, ShardState | None]:
         """Return what to publish of a model (`org/name@commit`), once its view is there. Blocking."""
         held.require()
         ledger, paths = self._context.ledger, self._context.store.layout
@@ -211,11 +211,11 @@ def read_model_state(context: StorageContext, manifest: Manifest) -> ModelState:
     paths = context.store.layout
     shape, shape_error = None, ""
     try:
-        shape = read_model_shape(paths.view(manifest.repo, manifest.commit))
+        shape = read_model_shape(paths.view(manifest.model))
     except ShoalError as e:
         shape_error = e.message
     offered = context.ledger.offered_library_models.get(manifest.model)
-    path = (paths.library_model if offered else paths.manifest)(manifest.repo, manifest.commit)
+    path = (paths.library_model if offered else paths.manifest)(manifest.model)
     return ModelState(
         node=context.node,
         repo=manifest.repo,

@@ -22,6 +22,7 @@ from shoal_common.messages import WireStruct, decode, encode
 from shoal_common.messages.manifest import Manifest
 from shoal_common.messages.storage import SealShard, ShardState
 from shoal_common.models.layer_tensors import check_layers, union
+from shoal_common.names import ModelId
 from shoal_common.store import leaf_set
 from shoal_common.store.bitmap import LEAF_BYTES, Bitmap
 from shoal_common.store.leaf_hash import HASH_BYTES, hash_leaf_list, leaf_hash, leaf_list_size
@@ -49,9 +50,8 @@ class ShardFile(WireStruct):
     leaves: dict[str, list[list[int]]]
 
 
-def _path(layout: StorePaths, model: str) -> Path:
-    repo, _, commit = model.rpartition("@")
-    return layout.shard(repo, commit)
+def _path(layout: StorePaths, model: ModelId) -> Path:
+    return layout.shard(model)
 
 
 def write(layout: StorePaths, shard: Shard) -> None:
@@ -62,7 +62,7 @@ def write(layout: StorePaths, shard: Shard) -> None:
     replace_file(path, encode(ShardFile(manifest=shard.manifest, layers=shard.layers, leaves=ranges)))
 
 
-def delete(layout: StorePaths, model: str) -> None:
+def delete(layout: StorePaths, model: ModelId) -> None:
     """Delete a shard's record, durably. Absent already is fine. Blocking."""
     path = _path(layout, model)
     if path.exists():
@@ -86,7 +86,7 @@ def read(store: Store, ledger: Ledger) -> None:
         ledger.add_shard(shard)
 
 
-def _read(path: Path, model: str) -> Shard:
+def _read(path: Path, model: ModelId) -> Shard:
     record = decode(path.read_bytes(), ShardFile)
     check_manifest(record.manifest)
     sizes = record.manifest.blob_sizes
@@ -208,7 +208,7 @@ class ShardService:
         log.info("shard ready", model=manifest.model, layers=str(shard.layers), size_bytes=shard.size_bytes)
         return shard_state(self._context.node, shard)
 
-    async def finish_shard(self, held: Held, model: str) -> None:
+    async def finish_shard(self, held: Held, model: ModelId) -> None:
         """Reduce a model's reservation to the shard that is here: no more of the model will arrive."""
         held.require()
         shard = self._ledger.shards[model]
@@ -238,7 +238,7 @@ class ShardService:
             with suppress(NotFound):
                 await self.require_complete(held, shard)
 
-    async def drop(self, held: Held, model: str) -> None:
+    async def drop(self, held: Held, model: ModelId) -> None:
         """Drop a shard: its model is complete, or is deleted. Does nothing if there is none."""
         held.require()
         if model in self._ledger.shards:

@@ -11,10 +11,10 @@ from shoal_common.errors import BadInput, BadName, ShoalError
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages import decode
 from shoal_common.messages.manifest import Manifest
-from shoal_common.names import check_blob, check_commit
+from shoal_common.names import ModelId, check_blob
 from shoal_common.store import leaf_set
 from shoal_common.store.blob_lookup import read_volumes
-from shoal_common.store.store_paths import StorePaths
+from shoal_common.store.store_paths import StorePaths, model_from_directory
 from shoal_common.store.verification_stamp import write_stamp
 from shoal_storage import shards
 from shoal_storage.files import leaf_hash_file
@@ -54,7 +54,7 @@ def recover_store(store: Store, leases: Mapping[str, ModelLease] | None = None) 
         ledger.uses.add_lease(lease)
     shards.read(store, ledger)
     for manifest in deleted.values():
-        with _log_and_continue(manifest.model, ledger, deleted):
+        with _log_and_continue(manifest.model, ledger, manifest):
             leftover_path = leftover_blobs(manifest, ledger)
             try:
                 for sha256 in leftover_path:
@@ -66,17 +66,15 @@ def recover_store(store: Store, leases: Mapping[str, ModelLease] | None = None) 
     for view in paths.views.glob("*/*"):
         # Of a model whose deletion or sealing was interrupted. Its links would keep blobs on the disk.
         with suppress(BadName):
-            name, commit = view.parent.name, check_commit(view.name)
-            expected_paths = paths.manifests / name / f"{commit}.json", paths.library_models / f"{name}@{commit}"
-            if not any(path.exists() for path in expected_paths):
+            model = model_from_directory(view.parent.name, view.name)
+            if not paths.manifest(model).exists() and not paths.library_model(model).exists():
                 times = _times_of(paths, ledger.blobs) if times is None else times
-                model = f"{name.replace('--', '/')}@{commit}"
-                with _log_and_continue(model, ledger, deleted):
+                with _log_and_continue(model, ledger, deleted.get(model)):
                     delete_view(view, deleted.get(model), times)
     for tombstone in paths.tombstones.iterdir():
-        model = tombstones[tombstone].model if tombstone in tombstones else tombstone.name
-        if model not in ledger.deleting:
-            with _log_and_continue(model, ledger, deleted):
+        left = tombstones.get(tombstone)
+        if left is None or left.model not in ledger.deleting:
+            with _log_and_continue(left.model if left else tombstone.name, ledger, left):
                 store.delete(tombstone)
     if {identity for identity, _ in read_volumes(paths)} <= store.volumes.keys():
         leaf_hash_file.delete_orphans(paths, ledger.blobs)  # the blobs of a missing volume are unknown
@@ -125,7 +123,7 @@ def attach_volume(store: Store, ledger: Ledger, volume_id: str, blobs: Mapping[s
     ledger.add_quarantined(quarantined_on(store, volume_id))
 
 
-def detach_volume(store: Store, ledger: Ledger, volume_id: str) -> list[str]:
+def detach_volume(store: Store, ledger: Ledger, volume_id: str) -> list[ModelId]:
     """Drop a missing volume's contents from the ledger. Returns the models (`org/name@commit`) now incomplete."""
     for blob in ledger.arrivals.partials:
         if ledger.volume_by_blob.get(blob) == volume_id:
@@ -152,14 +150,14 @@ def _times_of(layout: VolumePaths, blobs: Iterable[str]) -> set[tuple[int, int]]
 
 
 @contextmanager
-def _log_and_continue(model: str, ledger: Ledger, deleted: Mapping[str, Manifest]) -> Iterator[None]:
+def _log_and_continue(model: str, ledger: Ledger, manifest: Manifest | None) -> Iterator[None]:
     """Log what the disk refuses to delete, so that the start goes on; the next start retries."""
     try:
         yield
     except OSError as e:
         log.warning("cannot delete the rest of a deleted model", model=model, reason=str(e))
-        if model in deleted:
-            ledger.add_deletion(deleted[model])
+        if manifest is not None:
+            ledger.add_deletion(manifest)
 
 
 def _read_tombstones(layout: StorePaths) -> Iterator[tuple[Path, Manifest]]:

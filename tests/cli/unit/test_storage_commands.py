@@ -12,6 +12,7 @@ from shoal_cli.cli import run
 from shoal_cli.render.storage_text import library_lines, plan_lines
 from shoal_common.errors import BadInput, Corrupt, HubUnavailable, NotFound, Refused
 from shoal_common.messages.storage import EvictionPlan, LibraryState, Victim
+from shoal_common.names import ModelId
 from tests.cli.fake_gateway import COMMIT, MODEL, Cluster, download
 
 Capture = pytest.CaptureFixture[str]
@@ -218,7 +219,7 @@ def test_a_plan_shows_its_victims_or_that_nothing_can_go() -> None:
         required_bytes=3 * GB,
         garbage=["ab"],
         garbage_bytes=GB,
-        victims=[Victim(model="org/old@c", freed_bytes=4 * GB, last_use_s=1000.0)],
+        victims=[Victim(model=ModelId("org/old@c"), freed_bytes=4 * GB, last_use_s=1000.0)],
         freed_bytes=5 * GB,
         enough=True,
     )
@@ -228,7 +229,9 @@ def test_a_plan_shows_its_victims_or_that_nothing_can_go() -> None:
         "  org/old@c, 4.0 GB, last used 2 h 00 min ago",
     ]
     short = EvictionPlan(
-        required_bytes=3 * GB, evictable_bytes=GB, protected={"org/b@c": "used by instance i1", "org/a@c": "pinned"}
+        required_bytes=3 * GB,
+        evictable_bytes=GB,
+        protected={ModelId("org/b@c"): "used by instance i1", ModelId("org/a@c"): "pinned"},
     )
     assert plan_lines("a", 5 * GB, short, 0.0) == [
         "a: cannot free 5.0 GB: 3.0 GB needed, 1.0 GB evictable",

@@ -22,6 +22,7 @@ from shoal_common.messages import WireStruct, decode, encode
 from shoal_common.messages.manifest import Manifest, ManifestFile
 from shoal_common.messages.placement import PlaceCommand
 from shoal_common.messages.storage import ModelState
+from shoal_common.names import ModelId
 
 GOLDEN: dict[str, dict[str, Any]] = json.loads((Path(__file__).parents[1] / "golden_v1.json").read_text())
 """Every message as version 1 first wrote it, with every field set. Never change one; only add."""
@@ -41,6 +42,7 @@ LEAVES: dict[Any, st.SearchStrategy[Any]] = {
     int: st.integers(-(2**53), 2**53),
     bool: st.booleans(),
     bytes: st.binary(max_size=20),
+    ModelId: st.text(max_size=20),
     float: st.floats(allow_nan=False, allow_infinity=False),
     Any: st.none() | st.booleans() | st.integers(-9, 9) | st.text(max_size=5) | st.lists(st.text(max_size=3)),
     msgspec.Raw: st.just(msgspec.Raw(b'{"any":1}')),

@@ -139,6 +139,21 @@ def test_I10_every_check_returns_its_text_or_raises_bad_name(text: str) -> None:
             assert refusal.message
 
 
+@given(st.tuples(PART, PART), st.text("0123456789abcdef", min_size=40, max_size=40))
+def test_a_model_id_comes_apart_as_it_was_put_together(parts: tuple[str, str], commit: str) -> None:
+    model = names.model_id("/".join(parts), commit)
+    assert names.check_model_id(model) == model
+    assert (names.repo_of(model), names.commit_of(model)) == ("/".join(parts), commit)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "org/name", "org/name@main", "@" + "c" * 40, "a/b@c@" + "c" * 40, "../x@" + "c" * 40]
+)
+def test_I10_a_name_without_its_full_commit_is_no_model_id(text: str) -> None:
+    with pytest.raises(BadName):
+        names.check_model_id(text)
+
+
 @given(ANYTHING, st.text("0123456789abcdef", min_size=4, max_size=4))
 def test_I8_any_hostname_gives_a_valid_node_id(hostname: str, suffix: str) -> None:
     node = names.node_id_from_hostname(hostname, suffix)

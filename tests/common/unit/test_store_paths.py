@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from shoal_common.errors import BadName
 from shoal_common.messages.manifest import Manifest
+from shoal_common.names import model_id
 from shoal_common.store.bitmap import LEAF_BYTES, Bitmap, leaf_count
 from shoal_common.store.store_paths import StorePaths
 
@@ -78,8 +79,8 @@ def test_I10_no_path_is_made_of_a_hostile_blob_commit_or_file(tmp_path: Path, bl
     builds: list[Callable[[], Path]] = [
         lambda: layout.blob(blob),
         lambda: layout.partial(blob),
-        lambda: layout.manifest("org/name", blob),
-        lambda: layout.view("org/name", blob),
+        lambda: layout.manifest(model_id("org/name", blob)),
+        lambda: layout.view(model_id("org/name", blob)),
         lambda: layout.view_file(manifest, f"../{blob}"),
     ]
     for build in builds:

@@ -17,6 +17,7 @@ from shoal_common.bus.keys import model_key, storage_key
 from shoal_common.errors import DiskFull
 from shoal_common.messages.downloads import DownloadState
 from shoal_common.messages.storage import ModelState, StorageState
+from shoal_common.names import model_id
 from shoal_common.store.bitmap import LEAF_BYTES
 from shoal_demo.faults import Faults
 from shoal_fetcher.partials import partial_blob
@@ -247,7 +248,7 @@ async def test_with_lru_a_blocked_pull_evicts_one_old_model_and_ends(
             await here.assert_complete(name, files)
             await here.here.client.flush()
             assert evictions.pending_msgs == 1
-            assert await here.buckets.state.get_as(model_key(name, f"{old}@{commit}"), ModelState) is None
+            assert await here.buckets.state.get_as(model_key(name, model_id(old, commit)), ModelState) is None
             assert site.hub_bytes() < size + 2 * 9 * LEAF_BYTES
 
 

@@ -11,6 +11,7 @@ import pytest
 from shoal_common.errors import Corrupt, HubUnavailable, NotFound, ShoalError, Unsupported
 from shoal_common.messages.model_shape import GetModelShape, ModelSize
 from shoal_common.models.model_shape import read_model_shape
+from shoal_common.names import commit_of, is_commit, repo_of
 from shoal_common.rpc.request_reply import RpcClient
 from tests.fetcher.hub_repos import noise
 from tests.fetcher.pull_site import Pulls, Site
@@ -65,7 +66,7 @@ async def test_a_shape_comes_by_headers_alone_and_once_for_a_commit(site: Site) 
         assert found.shape == read_model_shape(site.hub_root / site.repo)
         assert found.shape.layer_bytes == [LAYER_BYTES] * 4
         assert found.size_bytes == size_bytes
-        assert found.model.startswith(f"{site.repo}@") and len(found.model.rpartition("@")[2]) == 40
+        assert repo_of(found.model) == site.repo and is_commit(commit_of(found.model))
         # Of 3 MB of weights the hub has sent the config and two headers.
         assert 0 < site.hub_bytes() < 4096
         gets = [site.gets(path) for path in model(site.repo)]

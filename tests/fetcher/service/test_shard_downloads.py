@@ -13,6 +13,7 @@ from shoal_common.bus.keys import download_key, shard_key
 from shoal_common.messages.downloads import DownloadRequest, DownloadState
 from shoal_common.messages.envelope import Outcome
 from shoal_common.messages.storage import ShardState
+from shoal_common.names import model_id
 from shoal_common.store.bitmap import LEAF_BYTES
 from tests.fetcher.hub_repos import noise
 from tests.fetcher.pull_site import Pulls, Site
@@ -69,7 +70,7 @@ async def published_shard(here: Pulls) -> ShardState | None:
     """Return the published shard on a."""
     at_b = await here.state_now("b")
     assert at_b is not None
-    return await here.buckets.state.get_as(shard_key("a", f"{here.site.repo}@{at_b.commit}"), ShardState)
+    return await here.buckets.state.get_as(shard_key("a", model_id(here.site.repo, at_b.commit)), ShardState)
 
 
 async def ready(task: asyncio.Task[Outcome]) -> DownloadState:

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 from shoal_common.messages.storage import SpaceCheck
+from shoal_common.names import model_id
 from shoal_common.store.store_paths import StorePaths
 from shoal_fetcher.downloads.space_check import find_shortage
 from shoal_fetcher.partials.disk_writes import probe_disk
 from shoal_fetcher.storage_client import StorageClient
 
-MODEL = f"org/name@{'c' * 40}"
+MODEL = model_id("org/name", "c" * 40)
 BLOB = "a" * 64
 
 

@@ -16,6 +16,7 @@ import pytest
 from shoal_common.bus.keys import liveness_key
 from shoal_common.host.credentials import bearer, blob_token, derive
 from shoal_common.messages.liveness import LivenessRecord
+from shoal_common.names import model_id
 from tests.fileserver.running_fileserver import read_reply, serving
 from tests.harness.fresh import Fresh
 from tests.harness.nats import NatsServer, joined
@@ -163,7 +164,7 @@ async def test_I1_only_committed_blobs_are_served(nats: NatsServer, fresh: Fresh
         for path in (
             layout.partial(arriving) / "data",
             layout.partial(by_git) / "data",
-            layout.manifest("org/model", commit),
+            layout.manifest(model_id("org/model", commit)),
             layout.tombstones / ("ef" * 32),
             layout.blobs / "zz" / ("ab" * 32),
         ):

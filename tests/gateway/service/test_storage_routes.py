@@ -21,6 +21,7 @@ from shoal_common.messages.storage import (
     Verify,
     Victim,
 )
+from shoal_common.names import ModelId
 from shoal_common.rpc.request_reply import RpcEndpoint, serve
 from tests.gateway.fake_cluster import Cluster, cluster, error_of
 from tests.gateway.running_gateway import NODE, RunningGateway
@@ -56,7 +57,9 @@ async def planner(c: Cluster, node: str, plan: EvictionPlan) -> list[int]:
 
 async def test_storage_lists_every_disk_with_its_last_published_state(gateway: RunningGateway) -> None:
     async with cluster(gateway) as c:
-        published = StorageState(node="a", quota_bytes=100, used_bytes=5, eviction_policy="lru", pinned=["org/m@x"])
+        published = StorageState(
+            node="a", quota_bytes=100, used_bytes=5, eviction_policy="lru", pinned=[ModelId("org/m@x")]
+        )
         await c.write("state", storage_key("a"), published)
         await c.write("state", storage_key("gone"), StorageState(node="gone", used_bytes=7))
         await c.live("a", "storage", NodeFacts(disk_free_bytes=900))
@@ -144,12 +147,12 @@ async def test_a_dry_run_asks_storage_and_answers_with_its_plan(gateway: Running
         required_bytes=50,
         garbage=["ab"],
         garbage_bytes=10,
-        victims=[Victim(model="org/old@c", freed_bytes=60, last_use_s=5.0)],
+        victims=[Victim(model=ModelId("org/old@c"), freed_bytes=60, last_use_s=5.0)],
         freed_bytes=70,
         enough=True,
         evictable_bytes=90,
-        protected={"org/kept@c": "pinned"},
-        ended_downloads=[Victim(model="org/half@c", freed_bytes=1, last_use_s=4.0)],
+        protected={ModelId("org/kept@c"): "pinned"},
+        ended_downloads=[Victim(model=ModelId("org/half@c"), freed_bytes=1, last_use_s=4.0)],
     )
     async with cluster(gateway) as c:
         before = await c.joined.last_sequence("CMD")

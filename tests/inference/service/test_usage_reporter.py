@@ -7,6 +7,7 @@ import asyncio
 from shoal_common.messages.envelope import Empty
 from shoal_common.messages.instances import InstanceSpec, StageSpec
 from shoal_common.messages.storage import RecordUse
+from shoal_common.names import ModelId
 from shoal_common.rpc.request_reply import RpcClient, RpcEndpoint, serve
 from shoal_inference.host_facts.usage_reporter import UsageReporter
 from tests.harness.fresh import Fresh
@@ -17,7 +18,7 @@ DEADLINE_S = 45.0
 
 async def test_an_instances_nodes_hear_of_its_use_each_minute(nats: NatsServer, fresh: Fresh) -> None:
     here, there, down = (fresh(name) for name in ("here", "there", "away"))
-    reports: asyncio.Queue[tuple[str, list[str]]] = asyncio.Queue()
+    reports: asyncio.Queue[tuple[str, list[ModelId]]] = asyncio.Queue()
 
     def storage_of(node: str) -> RpcEndpoint:
         async def used(question: RecordUse) -> Empty:

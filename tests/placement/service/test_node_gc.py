@@ -27,6 +27,7 @@ from shoal_common.messages.downloads import DownloadRequest, DownloadState
 from shoal_common.messages.instances import InstanceSpec, StageSpec, StageState
 from shoal_common.messages.placement import Forget, LinksState, NodeState
 from shoal_common.messages.storage import ShardState, StorageState
+from shoal_common.names import model_id
 from tests.harness.nats import NatsServer
 from tests.harness.waiting import eventually
 from tests.placement.placement_cluster import COMMIT, FOLLOW_DEADLINE_S, MODEL, Cluster, cluster_of
@@ -48,7 +49,7 @@ async def leave_traces(c: Cluster, node: str, live: str, model_count: int = 1) -
     await c.hold(node)
     await state.put(storage_key(node), StorageState(node=node))
     part = ShardState(node=node, repo="org/p", commit=COMMIT, layers=[[0, 1]], size_bytes=1, total_bytes=2)
-    await state.put(shard_key(node, f"org/p@{COMMIT}"), part)
+    await state.put(shard_key(node, model_id("org/p", COMMIT)), part)
     await state.put(links_key(node), LinksState(node=node))
     stages = [StageSpec(rank=r, node=n, first_layer=r, last_layer=r + 1) for r, n in enumerate((live, node))]
     instance = InstanceSpec(id=f"on-{node}", repo=MODEL, commit=COMMIT, stages=stages, context_tokens=64)
@@ -63,9 +64,9 @@ async def leave_traces(c: Cluster, node: str, live: str, model_count: int = 1) -
     await c.here.client.publish(waiting, b"{}")
     return [
         *keys,
-        ("state", model_key(node, f"{MODEL}@{COMMIT}")),
+        ("state", model_key(node, model_id(MODEL, COMMIT))),
         ("state", storage_key(node)),
-        ("state", shard_key(node, f"org/p@{COMMIT}")),
+        ("state", shard_key(node, model_id("org/p", COMMIT))),
         ("state", links_key(node)),
         ("state", stage_key(instance.id, 1)),
         ("spec", instance_key(instance.id)),
@@ -122,7 +123,9 @@ async def test_I8_keys_of_a_retired_node_go_once_with_one_event(own_nats: NatsSe
         assert sorted(e["retired"] for e in events) == ["ghost", "spook"]
         assert {e["retired"]: e["instances"] for e in events} == {"ghost": ["on-ghost"], "spook": ["on-spook"]}
         assert await c.here.buckets.state.get(node_key("ghost")) is None
-        assert await c.here.buckets.state.get(model_key("a", f"{MODEL}@{COMMIT}")) is not None, "who lives keeps all"
+        assert await c.here.buckets.state.get(model_key("a", model_id(MODEL, COMMIT))) is not None, (
+            "who lives keeps all"
+        )
         assert (await c.here.js.stream_info("CMD", subjects_filter="shoal.v1.cmd.storage.*.gc")).state.messages == 0
         for node in ("ghost", "spook"):
             try:
@@ -169,7 +172,7 @@ async def test_forget_takes_a_down_node_at_once_and_refuses_a_live_one(own_nats:
         assert not await existing_keys(c, keys)
         await wait_events(c, events, 1)
         assert [(e["retired"], e["reason"]) for e in events] == [("given-away", "forgotten")]
-        assert await c.here.buckets.state.get(model_key("a", f"{MODEL}@{COMMIT}")) is not None
+        assert await c.here.buckets.state.get(model_key("a", model_id(MODEL, COMMIT))) is not None
 
 
 async def test_I8_I6_a_leader_killed_in_the_middle_is_succeeded(own_nats: NatsServer, tmp_path: Path) -> None:

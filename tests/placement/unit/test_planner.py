@@ -16,6 +16,7 @@ from shoal_common.messages.liveness import NodeFacts
 from shoal_common.messages.model_shape import ModelSize
 from shoal_common.messages.placement import ListFits, PlaceCommand
 from shoal_common.messages.storage import ShardState
+from shoal_common.names import model_id, repo_of
 from shoal_placement.planning.cluster_facts import ClusterFacts
 from shoal_placement.planning.memory_tiers import Tier
 from shoal_placement.planning.plan import PlacementPlan
@@ -220,7 +221,7 @@ def test_place_does_what_a_preview_showed_and_refuses_others(
 def test_a_model_nobody_has_is_previewed_as_a_full_download() -> None:
     there = structs.replace(machines({"a": (5000, 5000), "b": (400, 5000)}), models=[])
     assert not is_held(MODEL, there)
-    size = ModelSize(model=f"{MODEL}@{COMMIT}", size_bytes=7, shape=SHAPE)
+    size = ModelSize(model=model_id(MODEL, COMMIT), size_bytes=7, shape=SHAPE)
     shown = plan_previews(asks(), with_remote_model(there, MODEL, size))
     assert nodes(shown[0]) == ["a"]
     assert shown[0].layout.fetch_bytes == sum(SHAPE.layer_bytes) + SHAPE.embed_bytes + SHAPE.head_bytes
@@ -238,7 +239,7 @@ def test_fitting_models_are_listed_first_and_larger_ones_first() -> None:
     ]
     there = structs.replace(there, models=[*models, has("b", repo="org/picture", shape=None, shape_error="no text")])
     listed = list_fitting_models(ListFits(), there).models
-    assert [(f.model.partition("@")[0], f.tier) for f in listed] == [
+    assert [(repo_of(f.model), f.tier) for f in listed] == [
         ("org/four", "fits"),
         ("org/one", "fits"),
         ("org/twelve", "tight"),

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from shoal_common.bus.keys import download_key, links_key, model_key, shard_key, stage_key, storage_key
 from shoal_common.messages.instances import InstanceSpec, StageSpec, StageState
 from shoal_common.messages.placement import NodeState
+from shoal_common.names import ModelId
 from shoal_placement.leader.retirement import keys_by_node, plan_retirement
 
 NODES = st.sampled_from("abcdef")
@@ -57,9 +58,16 @@ def test_the_keys_that_name_a_node_are_found_and_no_others() -> None:
         context_tokens=1,
         stages=[StageSpec(rank=r, node=n, first_layer=r, last_layer=r + 1) for r, n in enumerate("ba")],
     )
-    of_a = [storage_key("a"), model_key("a", "org/m@c"), shard_key("a", "org/m@c"), links_key("a")]
+    of_a = [storage_key("a"), model_key("a", ModelId("org/m@c")), shard_key("a", ModelId("org/m@c")), links_key("a")]
     of_a.append(download_key("a", "org/m"))
-    others = ["node.a", "instance.a", storage_key("ab"), model_key("b", "a/a@a"), "download", "leader.placement"]
+    others = [
+        "node.a",
+        "instance.a",
+        storage_key("ab"),
+        model_key("b", ModelId("a/a@a")),
+        "download",
+        "leader.placement",
+    ]
     spec_keys = [download_key("a", "org/m"), download_key("b", "a/a"), "instance.i"]
     found = keys_by_node(spec_keys, of_a + others, [spread], [(stage_key("i", 1), stage)])
     assert found.keys() == {"a", "b", "ab", ""}

@@ -149,7 +149,7 @@ async def test_I6_a_delete_whose_process_is_killed_is_finished_later(
             await node.bring_in(pears)
             await process.kill()
         # As a kill leaves it after the first step of a deletion: the manifest is a tombstone, the rest is present.
-        manifest = node.layout.manifest(apples.manifest.repo, apples.manifest.commit)
+        manifest = node.layout.manifest(apples.manifest.model)
         manifest.replace(node.layout.tombstones / f"{manifest.parent.name}@{manifest.name}")
         async with node.storage(), node.fetcher():
             assert files_below(node.layout.root) == files_of(pears)

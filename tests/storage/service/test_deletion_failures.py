@@ -37,12 +37,12 @@ RENAME, UNLINK = "?rename,?renameat,?renameat2", "?unlink,?unlinkat"
 
 
 def _tombstone(paths: StorePaths, manifest: Manifest) -> Path:
-    path = paths.manifest(manifest.repo, manifest.commit)
+    path = paths.manifest(manifest.model)
     return paths.tombstones / f"{path.parent.name}@{path.name}"
 
 
 STEPS: dict[str, tuple[str, Callable[[StorePaths, Manifest], Path]]] = {
-    "the manifest leaves": (RENAME, lambda paths, m: paths.manifest(m.repo, m.commit)),
+    "the manifest leaves": (RENAME, lambda paths, m: paths.manifest(m.model)),
     "its tombstone is durable": ("fsync", lambda paths, _: paths.tombstones),
     "a file of the view goes": (UNLINK, lambda paths, m: paths.view_file(m, m.files[0].path)),
     "the first blob goes": (UNLINK, lambda paths, m: paths.blob(min(m.blob_sizes))),

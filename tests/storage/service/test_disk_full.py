@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from shoal_common.errors import DiskFull, ShoalError
 from shoal_common.messages.envelope import Empty
 from shoal_common.messages.storage import CheckSpace, CollectGarbage, Reserve
+from shoal_common.names import ModelId
 from shoal_common.settings.node import StorageSettings
 from shoal_common.store.disk_full import map_disk_full
 from shoal_common.store.verification_stamp import write_stamp
@@ -276,4 +277,4 @@ async def test_I3_there_is_space_only_when_the_headroom_stays_free(
 async def test_I10_a_space_request_is_for_a_models_name_only(nats: NatsServer, fresh: Fresh, tmp_path: Path) -> None:
     async with storage_parts(nats, tmp_path, fresh("storage"), StorageSettings(None, 0)) as parts:
         with pytest.raises(ShoalError, match="is not a model"):
-            await parts.disk_full.check_space(CheckSpace(model="../up"))
+            await parts.disk_full.check_space(CheckSpace(model=ModelId("../up")))

@@ -161,7 +161,7 @@ async def test_last_uses_survive_a_restart_and_order_the_victims(
         uses = {p.name.partition("@")[0]: p.stat().st_mtime for p in node.layout.uses.iterdir()}
         assert uses.keys() == {"org--aaa", "org--bbb"} and uses["org--aaa"] > uses["org--bbb"]
         # Never used: its download, long ago, counts.
-        manifest = node.layout.manifest(models[2].manifest.repo, models[2].manifest.commit)
+        manifest = node.layout.manifest(models[2].manifest.model)
         os.utime(manifest, (1.0, 1.0))
         async with node.storage(SHOAL_MAX_STORAGE_BYTES="3000", **LRU):
             plan = await node.plan(3000)

@@ -20,6 +20,7 @@ from hypothesis.stateful import (
 )
 
 from shoal_common.errors import QuotaExceeded
+from shoal_common.names import ModelId
 from shoal_common.settings.node import StorageSettings
 from shoal_common.store.verification_stamp import write_stamp
 from shoal_storage.admission.admission import Admission, admit
@@ -57,7 +58,7 @@ class EvictionMachine(RuleBasedStateMachine):
         self.root = self.stack.enter_context(directory_in_memory())
         self.limits = StorageSettings(quota, headroom, "lru" if policy == "lru" else "manual")
         self.total_bytes, self.now_s = total, 1_700_000_000.0
-        self.used_by: dict[str, list[ModelUser]] = {}
+        self.used_by: dict[ModelId, list[ModelUser]] = {}
         self.open()
         for model in MODELS[1:5]:
             self.now_s += 1
@@ -89,19 +90,18 @@ class EvictionMachine(RuleBasedStateMachine):
             size_bytes = (self.disk.layout.partial(blob) / "data").stat().st_size
             self.ledger.arrivals.record_allocated(blob, size_bytes, 0)
 
-    def remove(self, model: str) -> int:
+    def remove(self, model: ModelId) -> int:
         ledger = self.ledger
         leaving = [b for b in blobs_freed_by(model, ledger) if b in ledger.blobs]
-        repo, _, commit = model.rpartition("@")
-        begin_delete(self.disk, repo, commit)
-        finish_delete(self.disk, repo, commit, leaving)
+        begin_delete(self.disk, model)
+        finish_delete(self.disk, model, leaving)
         self.metadata.delete_records(model)
         ledger.drop_manifest(model)
         freed = sum(ledger.drop_blob(b) for b in leaving)
         self.end_reservation(model)
         return freed
 
-    def end_reservation(self, model: str) -> None:
+    def end_reservation(self, model: ModelId) -> None:
         self.metadata.end_reservation(model)
         for blob, partial in list(self.ledger.arrivals.partials.items()):
             remaining = partial.without_model(model)
@@ -176,7 +176,7 @@ class EvictionMachine(RuleBasedStateMachine):
     def finish(self, data: st.DataObject) -> None:
         self.fetch_rest(data.draw(st.sampled_from(sorted(self.ledger.arrivals.reservations))))
 
-    def fetch_rest(self, name: str) -> None:
+    def fetch_rest(self, name: ModelId) -> None:
         (model,) = [m for m in MODELS if m.name == name]
         for blob in sorted(self.ledger.arrivals.partials.keys() & model.blobs.keys()):
             put(self.disk.layout, blob, model.blobs[blob])

@@ -14,6 +14,7 @@ from shoal_common.errors import QuotaExceeded, Unavailable
 from shoal_common.messages.instances import InstanceSpec
 from shoal_common.messages.leases import AcquireLease
 from shoal_common.messages.storage import Pin
+from shoal_common.names import ModelId
 from shoal_common.settings.node import StorageSettings
 from shoal_storage.eviction import executor as room_module
 from shoal_storage.eviction import model_deleter
@@ -31,8 +32,8 @@ from tests.storage.store_fixtures import Model, files_below
 def gated(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a deletion from a gated store report its end, then wait at the gate."""
 
-    def finish(store: Store, repo: str, commit: str, blobs: Iterable[str]) -> None:
-        finish_delete(store, repo, commit, blobs)
+    def finish(store: Store, model: ModelId, blobs: Iterable[str]) -> None:
+        finish_delete(store, model, blobs)
         if isinstance(store, GatedDisk):
             store.pass_gate()
 

@@ -32,6 +32,7 @@ from shoal_common.messages.storage import (
     Reserve,
     SealModel,
 )
+from shoal_common.names import ModelId
 from shoal_common.rpc.request_reply import RpcEndpoint, serve
 from shoal_common.settings.node import StorageSettings
 from shoal_storage.ledger.ledger import Ledger
@@ -67,8 +68,8 @@ def violations(ledger: Ledger, limits: StorageSettings) -> str:
     """The violation of I3 or I4 in a ledger, or ""."""
     if limits.quota_bytes is not None and ledger.used_bytes + ledger.reserved_bytes > limits.quota_bytes:
         return f"I3: {ledger.used_bytes} + {ledger.reserved_bytes} > {limits.quota_bytes}"
-    if gone := ledger.uses.pinned - ledger.stored_manifests.keys():
-        return f"I4: pinned, and gone: {gone}"
+    if unpinned := ledger.uses.pinned - ledger.stored_manifests.keys():
+        return f"I4: pinned, and gone: {unpinned}"
     for manifest in ledger.manifests.values():
         if gone := manifest.blob_sizes.keys() - ledger.blobs.keys():
             return f"I4: blobs of {manifest.model} are gone: {gone}"
@@ -98,7 +99,7 @@ class Together:
         issued["evictions"] += 1
         return await self._carry_out(eviction, admitted)
 
-    async def delete_model(self, held: Held, model: str) -> int:
+    async def delete_model(self, held: Held, model: ModelId) -> int:
         """Compare what a deletion has freed, by the files, with what it returns."""
         is_arriving = any(model in p.models for p in self.parts.ledger.arrivals.partials.values())
         before = self.blob_bytes()

@@ -104,4 +104,4 @@ async def test_I2_blobs_found_missing_at_a_seal_unpublish_models(
             await parts.fetch.seal(SealModel(manifest=second.sealed))
         assert await here.buckets.state.get(key) is None
         assert parts.ledger.incomplete.keys() == {first.name} and not parts.ledger.manifests
-        parts.disk.layout.manifest(first.manifest.repo, first.manifest.commit).unlink()  # for the check of I2
+        parts.disk.layout.manifest(first.manifest.model).unlink()  # for the check of I2

@@ -128,7 +128,7 @@ async def test_a_service_commits_by_leaf_digest_and_drops_bad_leaves(
         put(node.layout, small, b"{}")
         assert (await node.commit(small)).leaf_list_digest == hash_leaf_list(leaf_list(b"{}"))
         await node.seal(LARGE.sealed)
-        path = node.layout.manifest(LARGE.manifest.repo, LARGE.manifest.commit)
+        path = node.layout.manifest(LARGE.manifest.model)
         assert decode(path.read_bytes(), Manifest) == LARGE.kept
     # A model sealed before leaf list digests existed is published with them, and its manifest stays as it is.
     path.write_bytes(encode(LARGE.sealed))

@@ -14,7 +14,7 @@ from msgspec import structs
 from shoal_common.errors import BadName
 from shoal_common.messages.instances import InstanceSpec, StageSpec
 from shoal_common.messages.manifest import Manifest, ManifestFile
-from shoal_common.names import check_holder
+from shoal_common.names import ModelId, check_holder
 from shoal_storage.eviction.planner import find_garbage, plan_eviction, protected_models
 from shoal_storage.leases import lease_files
 from shoal_storage.ledger.lease import LOCK_DEADLINE_S, ModelLease, grace_left_s, has_ended
@@ -30,7 +30,7 @@ from tests.storage.storage_parts import storage_parts
 TIMES = st.floats(0, 1e6)
 
 
-def lease_of(model: str, name: str = "l", holder: str = "me", instance: str = "", pid: int = 0) -> ModelLease:
+def lease_of(model: ModelId, name: str = "l", holder: str = "me", instance: str = "", pid: int = 0) -> ModelLease:
     return ModelLease(name, model, holder, instance, 0.0, {"a": "a" * 64}, LOCK_DEADLINE_S, pid=pid)
 
 
@@ -42,10 +42,10 @@ def test_a_lease_lives_through_its_grace_and_while_it_is_held(
     polls: list[tuple[bool, float]],
 ) -> None:
     uses, now_s, taken_up = ModelUses(), 0.0, False
-    uses.add_lease(lease_of("m"))
+    uses.add_lease(lease_of(ModelId("m")))
     for held, after_s in polls:
         now_s += after_s
-        lease = uses.record_lock(lease_of("m").id, held, 0)
+        lease = uses.record_lock(lease_of(ModelId("m")).id, held, 0)
         ended = has_ended(lease, held, now_s)
         assert ended == (not held and (taken_up or now_s >= LOCK_DEADLINE_S))
         if ended:
@@ -69,7 +69,8 @@ def test_every_instance_and_lease_is_a_user_and_none_twice(placed: set[str], lea
     specs = [
         InstanceSpec(id=i, repo="org/m", commit="c" * 40, stages=[stage], context_tokens=1) for i in sorted(placed)
     ]
-    leases = [lease_of(specs[0].model if specs else "m", f"l{n}", f"holder {n}", i, n) for n, i in enumerate(leased)]
+    model = specs[0].model if specs else ModelId("m")
+    leases = [lease_of(model, f"l{n}", f"holder {n}", i, n) for n, i in enumerate(leased)]
     users = [u for each in users_of(specs, leases, "a").values() for u in each]
     assert len(users) == len(leases) + len(placed - set(leased))
     assert {u.instance for u in users if u.instance} == placed
@@ -125,7 +126,7 @@ async def test_a_lease_check_reports_changes_and_survives_disk_errors(
         holders, uses, now_s = parts.leases, parts.ledger.uses, time.monotonic()
         leases = uses.leases
         for name, grace_s in (("young", LOCK_DEADLINE_S), ("old", 0.0)):
-            uses.add_lease(ModelLease(name, "org/m@c", "me", "", time.time(), {}, now_s + grace_s))
+            uses.add_lease(ModelLease(name, ModelId("org/m@c"), "me", "", time.time(), {}, now_s + grace_s))
             lease_files.create_lease(parts.disk, leases[name])
 
         def refuse(*_: object) -> bool:

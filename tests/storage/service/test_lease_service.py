@@ -19,6 +19,7 @@ from shoal_common.messages.downloads import StopDownloads
 from shoal_common.messages.envelope import Empty
 from shoal_common.messages.leases import AcquireLease, LeaseGrant, ReleaseLease
 from shoal_common.messages.storage import CollectGarbage, Verify
+from shoal_common.names import ModelId
 from shoal_common.rpc.request_reply import RpcEndpoint, serve
 from shoal_storage.leases import lease_files
 from shoal_storage.ledger.lease import LOCK_DEADLINE_S, MAX_LEASES, ModelLease
@@ -140,7 +141,7 @@ async def test_I7_a_node_has_so_many_leases_and_no_more(nats: NatsServer, fresh:
     async with storage_parts(nats, tmp_path, fresh("storage")) as parts:
         names = [f"l{n}" for n in range(MAX_LEASES)]
         for name in names:
-            parts.ledger.uses.add_lease(ModelLease(name, "org/m@c", "me", "", time.time(), {}, float("inf")))
+            parts.ledger.uses.add_lease(ModelLease(name, ModelId("org/m@c"), "me", "", time.time(), {}, float("inf")))
         question = AcquireLease(model="org/other", holder="one too many")
         with pytest.raises(Busy, match="`shoal storage`"):
             await parts.leases.lease(question)
@@ -171,7 +172,7 @@ async def test_I4_a_leased_model_without_a_manifest_keeps_its_blobs(
             lease = await node.lease("org/model")
             await process.kill()
         with holder_of(lease.lock) as holder:
-            node.layout.manifest(MODEL.manifest.repo, MODEL.manifest.commit).unlink()
+            node.layout.manifest(MODEL.manifest.model).unlink()
             async with node.storage():
                 assert (await node.command("gc", CollectGarbage())).result["blobs"] == 0
                 assert (Path(lease.view) / "weights.bin").read_bytes() == MODEL.bytes["weights.bin"]

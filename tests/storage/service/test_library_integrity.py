@@ -93,7 +93,7 @@ async def test_I1_a_library_file_that_changes_is_no_longer_served(
         assert not await is_served(fileserver, WEIGHTS), "before storage has looked"
         await set_libraries(node, root)
         await wait_unpublished(node, tuned)
-        view = node.layout.view("me/tuned", tuned.rpartition("@")[2])
+        view = node.layout.view(tuned)
 
         async def view_gone() -> bool:
             return not view.exists()

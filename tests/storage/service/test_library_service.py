@@ -19,6 +19,7 @@ from shoal_common.messages.storage import (
     Pin,
     Verify,
 )
+from shoal_common.names import model_id
 from shoal_common.settings.node import StorageSettings
 from shoal_common.store.store_paths import StorePaths
 from shoal_storage.libraries import service as library_service
@@ -73,7 +74,7 @@ async def test_I4_a_library_is_offered_and_served_and_never_written(
             assert all([await is_served(fileserver, data) for data in FILES.values()])
             ranged = await fileserver.ask(f"/v1/blobs/{sha256(WEIGHTS)}", {"Range": "bytes=1000-1009"})
             assert (ranged.status, ranged.body) == (206, WEIGHTS[1000:1010])
-            view = node.layout.view("org/theirs", THEIRS.manifest.commit)
+            view = node.layout.view(model_id("org/theirs", THEIRS.manifest.commit))
             assert {p: (view / p).read_bytes() for p in FILES} == FILES
             manifest = await node.ask("manifest", GetManifest(model="org/theirs"), Manifest)
             assert sorted(f.path for f in manifest.files) == sorted(FILES) and manifest.sealed
@@ -127,7 +128,7 @@ async def test_a_model_sharing_files_with_a_library_fetches_the_rest(
 
         assert (await node.reserve(OURS.manifest)).missing == [sha256(OURS.bytes["own.bin"])]
         await node.bring_in(OURS)
-        view = node.layout.view("org/ours", OURS.manifest.commit)
+        view = node.layout.view(model_id("org/ours", OURS.manifest.commit))
         assert {p: (view / p).read_bytes() for p in OURS.bytes} == OURS.bytes
         assert (await node.storage_state()).used_bytes == 300
         await process.kill()
@@ -189,7 +190,7 @@ async def test_another_store_is_a_library_like_any_other(
     ):
         for model in (apples, pears):
             await wait_published(node, model.name)
-            view = node.layout.view(model.manifest.repo, model.manifest.commit)
+            view = node.layout.view(model.manifest.model)
             assert {p: (view / p).read_bytes() for p in model.bytes} == model.bytes
             assert all([await is_served(fileserver, data) for data in model.bytes.values()])
         assert not (await node.delete("org/apples")).ok
@@ -259,7 +260,7 @@ async def test_an_eviction_spares_libraries_and_offers_their_copies(
         await node.bring_in(pears)
         state = await node.model_state(THEIRS)
         assert state is not None and state.library_directory.startswith(str(cache))
-        view = node.layout.view("org/theirs", THEIRS.manifest.commit)
+        view = node.layout.view(model_id("org/theirs", THEIRS.manifest.commit))
         assert {p: (view / p).read_bytes() for p in FILES} == FILES
         assert (await node.storage_state()).used_bytes == pears.manifest.size_bytes
         assert snapshot_tree(cache) == before
@@ -268,7 +269,9 @@ async def test_an_eviction_spares_libraries_and_offers_their_copies(
 def test_library_records_have_paths_of_their_own() -> None:
     paths = StorePaths(Path("/s"))
     assert paths.library_blob("a" * 64) == Path("/s/libraries/blobs/aa") / ("a" * 64)
-    assert paths.library_model("org/name", "c" * 40) == Path("/s/libraries/models") / f"org--name@{'c' * 40}"
+    assert (
+        paths.library_model(model_id("org/name", "c" * 40)) == Path("/s/libraries/models") / f"org--name@{'c' * 40}"
+    )
 
 
 async def test_a_setting_changed_during_a_scan_mixes_up_no_libraries(

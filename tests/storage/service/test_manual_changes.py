@@ -72,7 +72,7 @@ def copied(source: StoreFixture, node: Node, path: Path, like: Callable[[Path, P
 
 def manifest_path(store: StoreFixture, model: Model) -> Path:
     """The path of a model's manifest in a store."""
-    return store.layout.manifest(model.sealed.repo, model.sealed.commit)
+    return store.layout.manifest(model.sealed.model)
 
 
 async def test_a_model_goes_with_a_removed_blob_and_returns_with_it(
@@ -107,7 +107,7 @@ async def test_a_model_goes_with_its_manifest_and_no_blob_is_deleted(
 ) -> None:
     async with on_node(nats, tmp_path, fresh("storage")) as node, node.storage():
         await node.bring_in(LARGE)
-        path, aside = node.layout.manifest(LARGE.sealed.repo, LARGE.sealed.commit), tmp_path / "aside"
+        path, aside = node.layout.manifest(LARGE.sealed.model), tmp_path / "aside"
         shutil.move(path, aside)
         await wait_unpublished(node, LARGE)
         state = await wait_storage_state(node, "the manifest is missed", lambda s: s.model_count == 0)
@@ -157,7 +157,7 @@ async def test_I1_a_copied_model_is_offered_once_complete_and_verified(
             copied(source, node, manifest, like)
         await wait_published(node, LARGE)
         assert (await fileserver.blob(WEIGHTS)).body == LARGE.bytes["weights.bin"]
-        view = node.layout.view(LARGE.sealed.repo, LARGE.sealed.commit)
+        view = node.layout.view(LARGE.sealed.model)
         assert {p: (view / p).read_bytes() for p in LARGE.bytes} == LARGE.bytes
         state = await wait_storage_state(node, "all is verified", lambda s: s.blob_count == 3)
         assert (state.unverified_count, state.foreign_count) == (0, 0)

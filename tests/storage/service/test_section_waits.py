@@ -81,7 +81,7 @@ async def test_requests_are_answered_while_nats_refuses_the_state(
         await node.fetch(apples)
         async with refusing(node):
             sealing = asyncio.create_task(node.seal(apples.sealed))
-            path = node.layout.manifest(apples.manifest.repo, apples.manifest.commit)
+            path = node.layout.manifest(apples.manifest.model)
 
             async def sealed() -> bool:
                 return path.exists()

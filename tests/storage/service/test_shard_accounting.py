@@ -143,11 +143,12 @@ def test_I3_used_plus_reserved_is_what_may_come_to_the_disk(
     size_bytes = len(WEIGHTS)
     here = wanted = 0
     parts, asked = {}, {}
-    for model, (own, more) in models.items():
-        parts[model] = Shard(Manifest(repo=model, commit="0" * 40, files=[]), [[0, 1]], {BLOB: own})
-        asked[model] = own | more
+    for repo, (own, more) in models.items():
+        manifest = Manifest(repo=repo, commit="0" * 40, files=[])
+        parts[manifest.model] = Shard(manifest, [[0, 1]], {BLOB: own})
+        asked[manifest.model] = own | more
         here, wanted = here | own, wanted | own | more
-    partial = PartialBlobInfo(size_bytes, leaf_set.byte_count(here, size_bytes), set(models), asked, here)
+    partial = PartialBlobInfo(size_bytes, leaf_set.byte_count(here, size_bytes), set(asked), asked, here)
     ledger = build_ledger(partials={BLOB: partial}, shards=parts.values())
     assert ledger.used_bytes == leaf_set.byte_count(here, size_bytes)
     assert ledger.reserved_bytes == leaf_set.byte_count(wanted & ~here, size_bytes)

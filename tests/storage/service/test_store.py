@@ -57,8 +57,8 @@ def test_deleting_what_is_not_there_changes_nothing(root: Path, apples: Model, p
     store = StoreFixture(root)
     store.bring_in(apples)
     for _ in range(2):
-        begin_delete(store.disk, pears.manifest.repo, pears.manifest.commit)
-        finish_delete(store.disk, pears.manifest.repo, pears.manifest.commit, ["ab" * 32])
+        begin_delete(store.disk, pears.manifest.model)
+        finish_delete(store.disk, pears.manifest.model, ["ab" * 32])
     assert files_below(root) == files_of(apples)
 
 
@@ -169,7 +169,7 @@ def test_a_start_knows_incomplete_models_and_does_not_offer_them(root: Path, app
     store.bring_in(apples)
     store.bring_in(pears)
     lost = store.layout.blob(sha256(apples.bytes["sub/weights.bin"]))
-    manifest = store.layout.manifest(apples.manifest.repo, apples.manifest.commit)
+    manifest = store.layout.manifest(apples.manifest.model)
     del store
     lost.unlink()
     store = reopened(root)
@@ -231,7 +231,7 @@ def test_foreign_files_are_left_alone(root: Path, apples: Model) -> None:
     for path in strange:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("mine")
-    copied = paths.manifest(apples.manifest.repo, apples.manifest.commit)
+    copied = paths.manifest(apples.manifest.model)
     shutil.copy(copied, paths.manifests / "org--pears" / copied.name)
     (paths.blobs / "ab" / ("ab" * 32)).mkdir()
     del store
@@ -246,7 +246,7 @@ def test_foreign_files_are_left_alone(root: Path, apples: Model) -> None:
 def test_I10_a_manifest_that_names_another_place_is_not_trusted(root: Path, apples: Model, repo: str) -> None:
     store = StoreFixture(root)
     store.bring_in(apples)
-    path = store.layout.manifest(apples.manifest.repo, apples.manifest.commit)
+    path = store.layout.manifest(apples.manifest.model)
     path.write_text(path.read_text().replace("org/apples", repo))
     del store
     assert not reopened(root).ledger.stored_manifests

@@ -17,6 +17,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from shoal_common.names import model_id
 from shoal_common.store.store_paths import StorePaths
 from tests.harness.process import source_path
 from tests.storage.crash_child_model import COMES, LEAVES, STAYS
@@ -166,7 +167,7 @@ def final_name(what: str, which: str, life: Life) -> str:
         return str(life.blobs.blob(which))
     layout = StorePaths(life.store_path)
     repo, _, commit = which.partition("@")
-    return str(layout.manifest(repo, commit) if what == "sealed" else layout.tombstones)
+    return str(layout.manifest(model_id(repo, commit)) if what == "sealed" else layout.tombstones)
 
 
 def test_I6_nothing_is_acknowledged_before_it_is_durable(uninterrupted_life: tuple[Life, list[str]]) -> None:

@@ -35,7 +35,7 @@ async def test_foreign_files_are_counted_and_survive_everything(
             paths.blobs / "ab" / "notes.txt",
             paths.blobs / "zz" / ("ab" * 32),
             paths.manifests / "org--large" / "readme.json",
-            paths.view(LARGE.sealed.repo, LARGE.sealed.commit) / "mine.txt",
+            paths.view(LARGE.sealed.model) / "mine.txt",
             paths.views / "org--large" / ("e" * 40) / "mine.txt",
         ]
 
@@ -73,7 +73,7 @@ async def test_an_index_full_of_noise_changes_nothing(nats: NatsServer, fresh: F
             await node.use(LARGE)
             process.send(signal.SIGTERM)
             assert await process.wait_exit() == 0
-        used = node.layout.use(LARGE.sealed.repo, LARGE.sealed.commit).stat().st_mtime_ns
+        used = node.layout.use(LARGE.sealed.model).stat().st_mtime_ns
         (node.layout.root / "index.db").write_bytes(os.urandom(100_000))
         async with node.storage():
             assert await node.model_state(LARGE) == before
@@ -82,7 +82,7 @@ async def test_an_index_full_of_noise_changes_nothing(nats: NatsServer, fresh: F
                 ["index.db"],
                 100_000,
             )
-            assert node.layout.use(LARGE.sealed.repo, LARGE.sealed.commit).stat().st_mtime_ns == used
+            assert node.layout.use(LARGE.sealed.model).stat().st_mtime_ns == used
             assert (await node.plan(1 << 60)).protected == {LARGE.name: "pinned"}
 
 
@@ -128,13 +128,13 @@ async def test_changes_while_nats_is_down_are_published_afterwards(
         await node.bring_in(LARGE)
         await node.bring_in(apples)
         aside = tmp_path / "aside"
-        shutil.move(node.layout.manifest(apples.sealed.repo, apples.sealed.commit), aside)
+        shutil.move(node.layout.manifest(apples.sealed.model), aside)
         await wait_unpublished(node, apples)
         # All of it is published: what is half published when NATS goes down waits for it, and so does the next scan.
         await wait_storage_state(node, "one model is left", lambda s: s.model_count == 1)
         own_nats.kill()
         node.layout.blob(WEIGHTS).unlink()
-        shutil.move(aside, node.layout.manifest(apples.sealed.repo, apples.sealed.commit))
+        shutil.move(aside, node.layout.manifest(apples.sealed.model))
         await process.wait_line("store changed on disk", LARGE.name)
         own_nats.start()
         await wait_unpublished(node, LARGE)

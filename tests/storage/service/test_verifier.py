@@ -95,7 +95,7 @@ async def test_I1_one_flipped_byte_is_found_never_served_and_repaired(
             assert (await fileserver.blob(blob)).status == 404
             assert all([await node.model_state(m) is None for m in hit])
             for model in hit:
-                view = node.layout.view(model.manifest.repo, model.manifest.commit)
+                view = node.layout.view(model.manifest.model)
                 assert not [
                     path for path, data in model.bytes.items() if data == blobs[blob] and (view / path).exists()
                 ]

@@ -81,7 +81,7 @@ class Machine:
         """Whether these models can be read, byte for byte, as inference and peers read them."""
         layout = self.node.layout
         for model in models:
-            view = layout.view(model.sealed.repo, model.sealed.commit)
+            view = layout.view(model.sealed.model)
             assert all((view / path).read_bytes() == data for path, data in model.bytes.items())
             for f in model.sealed.files:
                 with open_blob(layout, f.sha256) as blob:
@@ -108,7 +108,7 @@ async def test_what_does_not_fit_the_store_goes_to_the_second_volume(
         await m.configure(m.volume)
         await m.node.bring_in(SECOND)
         assert find_blob(m.node.layout, WEIGHTS).is_relative_to(m.volume)
-        assert (m.node.layout.view(SECOND.sealed.repo, SECOND.sealed.commit) / "weights.bin").is_symlink()
+        assert (m.node.layout.view(SECOND.sealed.model) / "weights.bin").is_symlink()
         m.check(FIRST, SECOND)
         lease = await m.node.lease("org/second")
         assert (Path(lease.view) / "weights.bin").read_bytes() == SECOND.bytes["weights.bin"]

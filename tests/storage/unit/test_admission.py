@@ -9,6 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from shoal_common.errors import BadInput, QuotaExceeded
 from shoal_common.messages.manifest import Manifest, ManifestFile
+from shoal_common.names import model_id
 from shoal_common.settings.node import StorageSettings
 from shoal_storage.admission.admission import admit
 from shoal_storage.ledger.entries import PartialBlobInfo
@@ -92,7 +93,8 @@ class AdmissionMachine(RuleBasedStateMachine):
 
     @rule(repo=st.sampled_from(MODELS))
     def cancel(self, repo: str) -> None:
-        model, others = f"{repo}@{COMMIT}", set(self.ledger.arrivals.reservations) - {f"{repo}@{COMMIT}"}
+        model = model_id(repo, COMMIT)
+        others = set(self.ledger.arrivals.reservations) - {model}
         counted_on = {m: self.ledger.arrivals.reservations[m] & self.present for m in others}
         for blob in blobs_freed_by(model, self.ledger):
             self.ledger.drop_blob(blob)
@@ -144,7 +146,7 @@ def test_a_refusal_has_needed_quota_used_and_a_remedy() -> None:
 def test_I3_reserved_unwritten_bytes_are_not_reserved_twice() -> None:
     blob = f"{7:064x}"
     ledger = build_ledger(
-        partials={f"{6:064x}": PartialBlobInfo(100, allocated_bytes=40, models={"org/other@" + COMMIT})}
+        partials={f"{6:064x}": PartialBlobInfo(100, allocated_bytes=40, models={model_id("org/other", COMMIT)})}
     )
     with pytest.raises(QuotaExceeded, match=r"\(300 B free, 0 B headroom, 60 B reserved\)"):
         admit(manifest_of("org/model", [blob]), ledger, StorageSettings(None, 0), 300)
@@ -166,7 +168,7 @@ def test_a_blob_whose_size_changed_on_the_disk_is_fetched_again() -> None:
 
 def test_I3_a_manifest_cannot_enlarge_what_another_reserved() -> None:
     blob = f"{7:064x}"
-    ledger = build_ledger(partials={blob: PartialBlobInfo(1, models={"org/liar@" + COMMIT})})
+    ledger = build_ledger(partials={blob: PartialBlobInfo(1, models={model_id("org/liar", COMMIT)})})
     with pytest.raises(BadInput, match=r"250 bytes, but another download reserved it with 1"):
         admit(manifest_of("org/model", [blob]), ledger, StorageSettings(300, 0), 1000)
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from shoal_common.errors import QuotaExceeded
 from shoal_common.messages.storage import EvictionPlan
+from shoal_common.names import ModelId, model_id
 from shoal_common.settings.node import StorageSettings
 from shoal_storage.admission.admission import admit, available_by_volume, space_demand
 from shoal_storage.admission.allocator import VolumeSpace, allocate, shortfall_bytes
@@ -21,7 +22,7 @@ from tests.storage.ledger_builder import build_ledger
 from tests.storage.unit.test_eviction_planner import BLOB_SETS, LEDGERS, NAMES, SIZES, manifest_of
 
 VOLUMES = ["", "one", "two"]
-NEW = "org/new@" + "d" * 40
+NEW = model_id("org/new", "d" * 40)
 FREE_SPACE = st.dictionaries(st.sampled_from(VOLUMES[1:]), st.integers(-10, 60), max_size=2).flatmap(
     lambda volumes: st.integers(-10, 60).map(lambda room: {"": room, **volumes})
 )
@@ -101,7 +102,7 @@ def test_a_model_of_many_files_is_allocated_quickly() -> None:
 
 
 @st.composite
-def disks(draw: st.DrawFn) -> tuple[Ledger, dict[str, str], list[VolumeSpace], StorageSettings, set[str]]:
+def disks(draw: st.DrawFn) -> tuple[Ledger, dict[ModelId, str], list[VolumeSpace], StorageSettings, set[str]]:
     """A ledger over several volumes, what is protected, what is free, and what is to be downloaded."""
     ledger = draw(LEDGERS)
     for model in ledger.stored_manifests:
@@ -126,7 +127,7 @@ def disks(draw: st.DrawFn) -> tuple[Ledger, dict[str, str], list[VolumeSpace], S
     return ledger, protected_models(ledger, {}), spaces, limits, new
 
 
-Case = tuple[Ledger, dict[str, str], list[VolumeSpace], StorageSettings, set[str]]
+Case = tuple[Ledger, dict[ModelId, str], list[VolumeSpace], StorageSettings, set[str]]
 
 
 def made_for(case: Case, need: int) -> EvictionPlan:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from shoal_common.names import model_id
 from shoal_storage.scan.change_filter import has_visible_change
 from shoal_storage.scan.diff import apply_diff, diff_store
 from shoal_storage.scan.scanner import scan_store
@@ -52,7 +53,7 @@ def _blob(store: StoreFixture) -> Path:
 
 
 def _manifest(store: StoreFixture, model: Model) -> Path:
-    return store.layout.manifest(model.sealed.repo, model.sealed.commit)
+    return store.layout.manifest(model.sealed.model)
 
 
 def _view(store: StoreFixture, model: Model, path: str) -> Path:
@@ -86,7 +87,7 @@ CHANGES: dict[str, Callable[[StoreFixture, Model], Path]] = {
     "a manifest removed": lambda s, m: _removed(_manifest(s, m)),
     "a manifest's directory moved away": lambda s, m: _moved(s, _manifest(s, m).parent),
     "a manifest garbled": lambda s, m: _written(_manifest(s, m), b"{"),
-    "a manifest copied in": lambda s, _: _written(s.layout.manifest("org/new", "c" * 40), b"{}"),
+    "a manifest copied in": lambda s, _: _written(s.layout.manifest(model_id("org/new", "c" * 40)), b"{}"),
     "a view's file removed": lambda s, m: _removed(_view(s, m, "sub/weights.bin")),
     "a view's file replaced": lambda s, m: _written(_view(s, m, "sub/weights.bin"), b"w" * 3000),
     "a view moved away": lambda s, m: _moved(s, _view(s, m, "shared.bin").parent),

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal_common.messages.manifest import Manifest, ManifestFile
+from shoal_common.names import ModelId, model_id
 from shoal_storage.ledger.entries import BlobFileStat, ForeignFiles
 from shoal_storage.ledger.ledger import Ledger
 from shoal_storage.scan.diff import apply_diff, diff_store, is_trusted
@@ -53,7 +54,8 @@ def ledgers(draw: st.DrawFn) -> Ledger:
     for manifest in draw(held).values():
         ledger.add_manifest(manifest)
     ledger.mark_complete()
-    for model in draw(st.sets(st.sampled_from(sorted(ledger.incomplete) or ["none"]))):
+    incomplete = st.sampled_from(sorted(ledger.incomplete)) if ledger.incomplete else st.nothing()
+    for model in draw(st.sets(incomplete)):
         ledger.arrivals.reserve(model, [])
     ledger.set_foreign(ForeignFiles(draw(st.integers(0, 3))))
     return ledger
@@ -99,7 +101,7 @@ def test_I1_applying_a_diff_trusts_no_new_file(ledger: Ledger, seen: StoreScan) 
     assert not again.changes_ledger(ledger), "what was followed is no difference any more"
 
 
-def self_sealed(model: str, ledger: Ledger, whole_before: dict[str, Manifest]) -> bool:
+def self_sealed(model: ModelId, ledger: Ledger, whole_before: dict[ModelId, Manifest]) -> bool:
     """A model being downloaded becomes complete when the download seals it; a complete one stays so."""
     return model not in ledger.arrivals.reservations or model in whole_before
 
@@ -134,8 +136,8 @@ def test_a_scan_counts_every_foreign_file_and_changes_none(root: Path, apples: M
         paths.manifests / "org--apples" / "readme.json",
         paths.manifests / "stray.json",
         paths.views / "mine" / "model.bin",
-        paths.view(apples.sealed.repo, apples.sealed.commit) / "sub" / "mine.txt",
-        paths.view(apples.sealed.repo, "e" * 40) / "left.txt",
+        paths.view(apples.sealed.model) / "sub" / "mine.txt",
+        paths.view(model_id(apples.sealed.repo, "e" * 40)) / "left.txt",
         paths.pins / "no-model",
         paths.quarantine / "no-blob",
     ]
@@ -162,7 +164,7 @@ def test_a_scan_counts_every_foreign_file_and_changes_none(root: Path, apples: M
 def test_links_of_a_view_without_a_manifest_are_removed_at_start(root: Path, apples: Model) -> None:
     store = StoreFixture(root)
     store.bring_in(apples)
-    store.layout.manifest(apples.sealed.repo, apples.sealed.commit).unlink()
+    store.layout.manifest(apples.sealed.model).unlink()
     seen = scan_store(store.layout)
     assert seen.foreign == ForeignFiles() and not seen.manifests
     followed = apply_diff(diff_store(store.ledger, seen), store.ledger)

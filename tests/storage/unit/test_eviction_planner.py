@@ -14,6 +14,7 @@ from shoal_common.messages import decode, encode
 from shoal_common.messages.instances import InstanceSpec, StageSpec
 from shoal_common.messages.manifest import Manifest, ManifestFile
 from shoal_common.messages.storage import EvictionPlan
+from shoal_common.names import ModelId, commit_of, model_id, repo_of
 from shoal_common.settings.node import StorageSettings
 from shoal_storage.admission.admission import Shortfall, SpaceDemand, admit, store_space
 from shoal_storage.eviction.planner import (
@@ -29,16 +30,15 @@ from shoal_storage.ledger.usage import ModelUser, users_of
 from tests.storage.ledger_builder import build_ledger
 
 SIZES = {f"{n:064x}": size for n, size in enumerate([0, 1, 2, 5, 10, 30, 64, 100])}
-NAMES = [f"org/model-{n}@{'c' * 40}" for n in range(5)]
+NAMES = [model_id(f"org/model-{n}", "c" * 40) for n in range(5)]
 
 
-def manifest_of(model: str, blobs: Iterable[str], sizes: dict[str, int]) -> Manifest:
-    repo, _, commit = model.rpartition("@")
+def manifest_of(model: ModelId, blobs: Iterable[str], sizes: dict[str, int]) -> Manifest:
     files = [ManifestFile(path=f"file-{n}", size_bytes=sizes[b], sha256=b) for n, b in enumerate(blobs)]
-    return Manifest(repo=repo, commit=commit, files=files)
+    return Manifest(repo=repo_of(model), commit=commit_of(model), files=files)
 
 
-def ledger_of(models: dict[str, set[str]], blobs: dict[str, int]) -> Ledger:
+def ledger_of(models: dict[ModelId, set[str]], blobs: dict[str, int]) -> Ledger:
     """A ledger with these blobs; models that lack one are incomplete."""
     return build_ledger(
         blobs, manifests=[manifest_of(model, sorted(own), SIZES | blobs) for model, own in models.items()]
@@ -54,7 +54,7 @@ LEDGERS = st.builds(
 
 
 @st.composite
-def situations(draw: st.DrawFn) -> tuple[Ledger, dict[str, str], int]:
+def situations(draw: st.DrawFn) -> tuple[Ledger, dict[ModelId, str], int]:
     """A ledger with pins, uses and downloads; what is protected, and a need."""
     ledger = draw(LEDGERS)
     for model in ledger.stored_manifests:
@@ -88,7 +88,7 @@ def carry_out(made: EvictionPlan, ledger: Ledger) -> list[int]:
 
 
 @given(situations())
-def test_I4_a_plan_never_names_protected_or_needed_models(case: tuple[Ledger, dict[str, str], int]) -> None:
+def test_I4_a_plan_never_names_protected_or_needed_models(case: tuple[Ledger, dict[ModelId, str], int]) -> None:
     ledger, kept, need = case
     made = plan_eviction(need, ledger, ledger.uses.last_uses, kept)
     victims = {v.model for v in made.victims}
@@ -104,7 +104,7 @@ def test_I4_a_plan_never_names_protected_or_needed_models(case: tuple[Ledger, di
 
 
 @given(situations())
-def test_a_plan_frees_exactly_what_it_claims_step_by_step(case: tuple[Ledger, dict[str, str], int]) -> None:
+def test_a_plan_frees_exactly_what_it_claims_step_by_step(case: tuple[Ledger, dict[ModelId, str], int]) -> None:
     ledger, kept, need = case
     made = plan_eviction(need, ledger, ledger.uses.last_uses, kept)
     before = ledger.used_bytes
@@ -113,7 +113,7 @@ def test_a_plan_frees_exactly_what_it_claims_step_by_step(case: tuple[Ledger, di
 
 
 @given(situations())
-def test_a_plan_is_enough_exactly_when_all_that_may_go_is(case: tuple[Ledger, dict[str, str], int]) -> None:
+def test_a_plan_is_enough_exactly_when_all_that_may_go_is(case: tuple[Ledger, dict[ModelId, str], int]) -> None:
     ledger, kept, need = case
     made = plan_eviction(need, ledger, ledger.uses.last_uses, kept)
     assert made.evictable_bytes == freed_without(ledger, [m for m in ledger.stored_manifests if m not in kept])
@@ -125,7 +125,7 @@ def test_a_plan_is_enough_exactly_when_all_that_may_go_is(case: tuple[Ledger, di
 
 
 @given(situations())
-def test_no_victim_of_a_plan_could_have_been_spared(case: tuple[Ledger, dict[str, str], int]) -> None:
+def test_no_victim_of_a_plan_could_have_been_spared(case: tuple[Ledger, dict[ModelId, str], int]) -> None:
     ledger, kept, need = case
     victims = [v.model for v in plan_eviction(need, ledger, ledger.uses.last_uses, kept).victims]
     for spared in range(len(victims)):
@@ -134,10 +134,10 @@ def test_no_victim_of_a_plan_could_have_been_spared(case: tuple[Ledger, dict[str
 
 
 @given(situations())
-def test_victims_are_those_that_the_rule_in_the_document_names(case: tuple[Ledger, dict[str, str], int]) -> None:
+def test_victims_are_those_that_the_rule_in_the_document_names(case: tuple[Ledger, dict[ModelId, str], int]) -> None:
     ledger, kept, need = case
     order = sorted((m for m in ledger.stored_manifests if m not in kept), key=lambda m: (ledger.uses.last_uses[m], m))
-    expected: list[str] = []
+    expected: list[ModelId] = []
     if 0 < need <= freed_without(ledger, order):
         for model in order:
             if freed_without(ledger, expected) < need:
@@ -154,7 +154,8 @@ def test_victims_are_those_that_the_rule_in_the_document_names(case: tuple[Ledge
 def test_I3_what_is_lacking_is_what_admission_lacks(
     ledger: Ledger, quota: int | None, headroom: int, free: int, wanted: set[str]
 ) -> None:
-    limits, manifest = StorageSettings(quota, headroom), manifest_of("org/new@" + "d" * 40, sorted(wanted), SIZES)
+    limits = StorageSettings(quota, headroom)
+    manifest = manifest_of(model_id("org/new", "d" * 40), sorted(wanted), SIZES)
     new = sum(SIZES[b] for b in wanted - ledger.blobs.keys())
     lacking = lacking_for(new, ledger, limits, free).required_bytes
     try:
@@ -178,16 +179,16 @@ def lacking_for(new_bytes: int, ledger: Ledger, limits: StorageSettings, free_by
 def sized(sizes: dict[str, int], uses: Iterable[str] | None = None) -> Ledger:
     """A ledger with a model of its own blob per name, least recently used first."""
     blobs = {f"{n:064x}": size for n, size in enumerate(sizes.values())}
-    models = {f"org/{name}@{'c' * 40}": blob for name, blob in zip(sizes, blobs, strict=True)}
+    models = {model_id(f"org/{name}", "c" * 40): blob for name, blob in zip(sizes, blobs, strict=True)}
     return build_ledger(
         blobs,
         manifests=[manifest_of(model, [blob], blobs) for model, blob in models.items()],
-        last_uses={f"org/{name}@{'c' * 40}": float(n) for n, name in enumerate(uses or sizes)},
+        last_uses={model_id(f"org/{name}", "c" * 40): float(n) for n, name in enumerate(uses or sizes)},
     )
 
 
 def names(made: EvictionPlan) -> list[str]:
-    return [v.model.partition("/")[2].partition("@")[0] for v in made.victims]
+    return [repo_of(v.model).partition("/")[2] for v in made.victims]
 
 
 def test_of_1_2_and_60_oldest_first_only_the_60_is_taken_for_50() -> None:
@@ -236,11 +237,11 @@ def test_two_models_that_share_a_blob_are_spared_by_a_third() -> None:
 
 def test_what_is_kept_is_kept_for_the_reason_that_counts_most() -> None:
     ledger = sized({"pinned": 1, "used": 1, "coming": 1, "free": 1})
-    here = {m.partition("/")[2].partition("@")[0]: m for m in ledger.manifests}
-    for model in (here["pinned"], "org/not-here@" + "c" * 40):
+    here = {repo_of(m).partition("/")[2]: m for m in ledger.manifests}
+    for model in (here["pinned"], model_id("org/not-here", "c" * 40)):
         ledger.uses.pin(model)
     ledger.arrivals.reserve(here["coming"], [])
-    ledger.arrivals.reserve_blob("e" * 64, 7, "org/new@" + "c" * 40)
+    ledger.arrivals.reserve_blob("e" * 64, 7, model_id("org/new", "c" * 40))
     stage = StageSpec(rank=0, node="node-a", first_layer=0, last_layer=1)
     specs = [
         InstanceSpec(id=f"i-{name}", repo=f"org/{name}", commit="c" * 40, stages=[stage], context_tokens=1)
@@ -258,7 +259,7 @@ def test_what_is_kept_is_kept_for_the_reason_that_counts_most() -> None:
 def test_a_refusal_lists_what_could_be_evicted_and_how() -> None:
     ledger, wanted = (
         sized({"one": 1, "two": 2, "sixty": 60}),
-        manifest_of("org/new@" + "d" * 40, ["b" * 64], SIZES | {"b" * 64: 50}),
+        manifest_of(model_id("org/new", "d" * 40), ["b" * 64], SIZES | {"b" * 64: 50}),
     )
     limits = StorageSettings(70, 0)
     with pytest.raises(QuotaExceeded) as refused:
@@ -270,7 +271,7 @@ def test_a_refusal_lists_what_could_be_evicted_and_how() -> None:
     )
     assert enough.details["would_evict"] == ["org/sixty@" + "c" * 40]
     assert (enough.details["evictable_bytes"], enough.details["needed_bytes"]) == (63, 50)
-    kept = {"org/sixty@" + "c" * 40: "pinned"}
+    kept = {model_id("org/sixty", "c" * 40): "pinned"}
     short = with_eviction_hint(refused.value, plan_eviction(need, ledger, ledger.uses.last_uses, kept), "lru")
     assert short.message.endswith("3 B evictable, 43 B needed; 1 model is pinned or in use")
     assert (short.details["evictable_bytes"], short.details["would_evict"]) == (3, [])
@@ -279,7 +280,7 @@ def test_a_refusal_lists_what_could_be_evicted_and_how() -> None:
 def test_a_plan_of_very_much_garbage_still_fits_a_message() -> None:
     ledger = build_ledger(
         {f"{n:064x}": 1 for n in range(50_000)},
-        reservations={f"org/model-{n}@{'c' * 40}": [] for n in range(50_000)},
+        reservations={model_id(f"org/model-{n}", "c" * 40): [] for n in range(50_000)},
     )
     made = to_message(plan_eviction(50_000, ledger, {}, protected_models(ledger, {})))
     assert len(encode(made)) < 500_000 and made.garbage_bytes == 50_000

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from shoal_common.messages.manifest import Manifest, ManifestFile
+from shoal_common.names import ModelId, model_id
 from shoal_common.store import leaf_set
 from shoal_common.store.bitmap import LEAF_BYTES
 from shoal_storage.ledger.arrivals import Arrivals
@@ -36,7 +37,7 @@ def manifest_of(number: int, blobs: set[str]) -> Manifest:
     return Manifest(repo=f"org/{number}", commit=COMMIT, files=files)
 
 
-NAMES = [f"org/{n}@{COMMIT}" for n in range(3)]
+NAMES = [model_id(f"org/{n}", COMMIT) for n in range(3)]
 MODEL = st.sampled_from(NAMES)
 MANIFEST = st.builds(manifest_of, st.integers(0, 2), st.sets(BLOB, min_size=1, max_size=3))
 
@@ -146,7 +147,7 @@ class LedgerMachine(RuleBasedStateMachine):
     # Arrivals
 
     @rule(model=MODEL, blobs=BLOB_SETS, fails=st.booleans())
-    def reserve(self, model: str, blobs: set[str], fails: bool) -> None:
+    def reserve(self, model: ModelId, blobs: set[str], fails: bool) -> None:
         before = self.ledger.arrivals.reservations.get(model)
         try:
             with self.ledger.arrivals.reserving(model, blobs) as changes:
@@ -165,7 +166,7 @@ class LedgerMachine(RuleBasedStateMachine):
         leaves=st.none() | st.integers(0, 7),
         volume=VOLUME,
     )
-    def reserve_blob(self, model: str, name: str, leaves: int | None, volume: str) -> None:
+    def reserve_blob(self, model: ModelId, name: str, leaves: int | None, volume: str) -> None:
         size = SIZES[GIT_NAMES.get(name, name)]
         if name not in {*self.ledger.blobs, *self.ledger.arrivals.partials}:
             self.volumes.place(name, volume)
@@ -198,14 +199,14 @@ class LedgerMachine(RuleBasedStateMachine):
         assert not arrivals.is_same_arrival(name, partial), "it arrives again"
 
     @rule(model=MODEL, sha256=BLOB)
-    def end_or_abandon(self, model: str, sha256: str) -> None:
+    def end_or_abandon(self, model: ModelId, sha256: str) -> None:
         self.ledger.arrivals.abandon_reservation(model)
         git_name = next(g for g, b in GIT_NAMES.items() if b == sha256)
         for changed in self.ledger.arrivals.record_sha256(git_name, sha256):
             assert sha256 in self.ledger.arrivals.reservations[changed]
 
     @rule(model=MODEL)
-    def end_reservation(self, model: str) -> None:
+    def end_reservation(self, model: ModelId) -> None:
         self.ledger.arrivals.end_reservation(model)
         assert model not in {*self.ledger.arrivals.reservations, *self.ledger.arrivals.ended_reservations}
 
@@ -231,7 +232,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.ledger.manifests)
     @rule(data=st.data(), and_delete=st.booleans())
     def withdraw(self, data: st.DataObject, and_delete: bool) -> None:
-        model = self.draw_from(data, self.ledger.manifests)
+        model = ModelId(self.draw_from(data, self.ledger.manifests))
         if and_delete:
             self.ledger.drop_manifest(model)
         else:
@@ -242,7 +243,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.ledger.add_deletion(manifest)
 
     @rule(model=MODEL, ends=st.booleans())
-    def delete_model(self, model: str, ends: bool) -> None:
+    def delete_model(self, model: ModelId, ends: bool) -> None:
         known = self.ledger.stored_manifests.get(model, self.ledger.deleting.get(model))
         assert self.ledger.begin_deletion(model) == known
         if ends:
@@ -254,7 +255,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.ledger.add_shard(Shard(manifest, [[0, 1]], part))
 
     @rule(model=MODEL)
-    def drop_shard(self, model: str) -> None:
+    def drop_shard(self, model: ModelId) -> None:
         self.ledger.drop_shard(model)
 
     @rule(manifests=st.lists(MANIFEST, max_size=2))

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal_common.errors import BadInput
+from shoal_common.names import model_id
 from shoal_common.store.store_paths import StorePaths
 from shoal_storage.admission.manifest_check import check_manifest
 from shoal_storage.ledger.library_model import FileStat, VerifiedFile
@@ -78,7 +79,7 @@ def test_a_cache_yields_its_snapshots_with_names_of_their_refs(tmp_path: Path) -
     assert waiting.accepted == {} and len(waiting.waiting) == 2
     verdict = accept_models(found.candidates, hashed(found))
     assert verdict.waiting == [] and sorted(verdict.accepted) == [f"org/name@{COMMIT}", f"org/name@{'b' * 40}"]
-    manifest = verdict.accepted[f"org/name@{COMMIT}"].manifest
+    manifest = verdict.accepted[model_id("org/name", COMMIT)].manifest
     check_manifest(manifest)
     assert {f.path: f.sha256 for f in manifest.files} == {p: sha256(d) for p, d in FILES.items()}
 

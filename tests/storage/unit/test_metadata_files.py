@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from shoal_common.errors import InternalError
+from shoal_common.names import ModelId, model_id
 from shoal_storage.eviction.planner import find_garbage
 from shoal_storage.files.metadata_files import MetadataFiles
 from tests.storage.store_fixtures import Model, StoreFixture, files_of, put
@@ -85,9 +86,9 @@ def test_a_use_is_in_memory_at_once_and_on_the_disk_when_written(root: Path, app
     store, metadata = opened(root)
     store.bring_in(apples)
     metadata.record_arrival(apples.name)
-    came_s = store.layout.manifest(apples.manifest.repo, apples.manifest.commit).stat().st_mtime
+    came_s = store.layout.manifest(apples.manifest.model).stat().st_mtime
     assert store.ledger.uses.last_uses == {apples.name: came_s}, "a model that never ran counts from its download"
-    metadata.record_use([apples.name, "org/not-here@" + "c" * 40, "../../etc"], THEN_S)
+    metadata.record_use([apples.name, model_id("org/not-here", "c" * 40), ModelId("../../etc")], THEN_S)
     assert store.ledger.uses.last_uses == {apples.name: THEN_S}
     assert entries(root / "uses") == set()
     metadata.write_uses()
@@ -103,7 +104,7 @@ def test_nothing_new_writes_nothing(root: Path, apples: Model) -> None:
     store.bring_in(apples)
     metadata.record_use([apples.name], THEN_S)
     metadata.write_uses()
-    use = store.layout.use(apples.manifest.repo, apples.manifest.commit)
+    use = store.layout.use(apples.manifest.model)
     os.utime(use, (1.0, 1.0))
     metadata.write_uses()
     assert use.stat().st_mtime == 1.0
@@ -143,7 +144,7 @@ def test_a_model_that_cannot_be_read_now_keeps_its_pin(root: Path, apples: Model
     store, metadata = opened(root)
     store.bring_in(apples)
     metadata.pin(apples.name)
-    manifest = store.layout.manifest(apples.manifest.repo, apples.manifest.commit)
+    manifest = store.layout.manifest(apples.manifest.model)
     good = manifest.read_bytes()
     manifest.write_bytes(b"{")
     store, metadata = reopened(store)

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal_common.messages.downloads import DownloadRequest, DownloadState
+from shoal_common.names import ModelId, model_id
 from shoal_storage.admission.reservation_expiry import (
     FETCHER_DOWN_AFTER_S,
     RENEW_INTERVAL_S,
@@ -30,7 +31,7 @@ DAY_S = 86400
 COMMIT = "c" * 40
 
 
-MODEL = f"org/model@{COMMIT}"
+MODEL = model_id("org/model", COMMIT)
 
 
 SPANS_S = st.sampled_from(
@@ -99,14 +100,14 @@ def test_a_model_paused_and_fetched_by_two_names_is_not_paused() -> None:
 
 def test_a_paused_models_bytes_exclude_what_others_need() -> None:
     own, shared = "b" * 64, "d" * 64
-    other = f"org/whole@{COMMIT}"
+    other = model_id("org/whole", COMMIT)
     ledger = build_ledger(
         {own: 5, shared: 7},
         manifests=[manifest_of(other, [shared], {shared: 7})],
         partials={"1" * 64: PartialBlobInfo(100, 20, {MODEL})},
         reservations={MODEL: {"1" * 64, own, shared}},
     )
-    ledger.arrivals.set_paused({MODEL, f"org/gone@{COMMIT}"})
+    ledger.arrivals.set_paused({MODEL, model_id("org/gone", COMMIT)})
     assert bytes_of_paused_models(ledger) == {MODEL: 105}
     assert ledger.reserved_bytes == 100 and find_garbage(ledger) == [], "wanted, so no garbage"
     assert not plan_eviction(1000, ledger, {}, protected_models(ledger, {})).ended_downloads
@@ -131,25 +132,33 @@ def test_download_requests_get_their_commits_from_the_states() -> None:
 
 def test_I3_an_ended_reservation_counts_only_its_allocated_bytes() -> None:
     ledger = build_ledger(partials={"a" * 64: PartialBlobInfo(100, allocated_bytes=30, models={MODEL})})
-    assert (ledger.reserved_bytes, ledger.arrivals.in_flight_bytes, ledger.arrivals.needed_bytes("a" * 64, 100)) == (
+    assert (
+        ledger.reserved_bytes,
+        ledger.arrivals.in_flight_bytes,
+        ledger.arrivals.needed_bytes("a" * 64, 100, model_id("org/other", COMMIT)),
+    ) == (
         100,
         70,
         0,
     )
     ledger.arrivals.abandon_reservation(MODEL)
-    assert (ledger.reserved_bytes, ledger.arrivals.in_flight_bytes, ledger.arrivals.needed_bytes("a" * 64, 100)) == (
+    assert (
+        ledger.reserved_bytes,
+        ledger.arrivals.in_flight_bytes,
+        ledger.arrivals.needed_bytes("a" * 64, 100, model_id("org/other", COMMIT)),
+    ) == (
         30,
         0,
         70,
     )
-    ledger.arrivals.reserve_blob("a" * 64, 100, "org/other@" + COMMIT)
+    ledger.arrivals.reserve_blob("a" * 64, 100, model_id("org/other", COMMIT))
     assert (ledger.reserved_bytes, ledger.arrivals.in_flight_bytes) == (100, 70), "another still wants it"
 
 
 def test_a_plan_takes_garbage_then_ended_downloads_then_models() -> None:
-    older, newer = f"org/older@{COMMIT}", f"org/newer@{COMMIT}"
+    older, newer = model_id("org/older", COMMIT), model_id("org/newer", COMMIT)
     whole = "f" * 64
-    model = f"org/whole@{COMMIT}"
+    model = model_id("org/whole", COMMIT)
     ledger = build_ledger(
         {"b" * 64: 5, "d" * 64: 7, whole: 50},
         manifests=[manifest_of(model, [whole], {whole: 50})],
@@ -161,7 +170,7 @@ def test_a_plan_takes_garbage_then_ended_downloads_then_models() -> None:
     kept = protected_models(ledger, {})
     assert kept == {} and find_garbage(ledger) == ["b" * 64]
 
-    def unfinished(need: int) -> list[tuple[str, int]]:
+    def unfinished(need: int) -> list[tuple[ModelId, int]]:
         made = plan_eviction(need, ledger, {}, kept)
         assert made.enough and made.freed_bytes >= need
         return [(v.model, v.freed_bytes) for v in made.ended_downloads] + [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shoal_common.names import check_id, check_node, quote_key
+from shoal_common.names import ModelId, check_id, check_node, quote_key
 
 
 def liveness_key(node: str, service: str) -> str:
@@ -15,13 +15,13 @@ def download_key(node: str, model: str) -> str:
     return f"download.{check_node(node)}.{quote_key(model)}"
 
 
-def model_key(node: str, model: str) -> str:
-    """Key in `state` of a model (`org/name@commit`) that a node holds."""
+def model_key(node: str, model: ModelId) -> str:
+    """Key in `state` of a model that a node holds."""
     return f"model.{check_node(node)}.{quote_key(model)}"
 
 
-def shard_key(node: str, model: str) -> str:
-    """Key in `state` of a node's shard of a model (`org/name@commit`)."""
+def shard_key(node: str, model: ModelId) -> str:
+    """Key in `state` of a node's shard of a model."""
     return f"shard.{check_node(node)}.{quote_key(model)}"
 
 

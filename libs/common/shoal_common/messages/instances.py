@@ -7,6 +7,7 @@ from typing import Literal
 from shoal_common.errors import ErrorBody
 from shoal_common.messages import WireStruct
 from shoal_common.messages.liveness import NodeAddress
+from shoal_common.names import ModelId, model_id
 
 
 class StageSpec(WireStruct):
@@ -75,9 +76,9 @@ class InstanceSpec(WireStruct):
     """Memory tier that the layout needed."""
 
     @property
-    def model(self) -> str:
+    def model(self) -> ModelId:
         """`org/name@commit`."""
-        return f"{self.repo}@{self.commit}"
+        return model_id(self.repo, self.commit)
 
 
 StagePhase = Literal["fetching", "loading", "linking", "ready", "failed"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from shoal_common.messages import WireStruct
+from shoal_common.names import ModelId, model_id
 
 
 class ManifestFile(WireStruct):
@@ -38,9 +39,9 @@ class Manifest(WireStruct):
     """Revisions that people used for this commit: `main`, a tag."""
 
     @property
-    def model(self) -> str:
+    def model(self) -> ModelId:
         """`org/name@commit`: the one name that never changes its meaning."""
-        return f"{self.repo}@{self.commit}"
+        return model_id(self.repo, self.commit)
 
     @property
     def sealed(self) -> bool:

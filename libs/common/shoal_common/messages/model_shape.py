@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from shoal_common.messages import WireStruct
+from shoal_common.names import ModelId
 
 
 class KvRule(WireStruct):
@@ -63,7 +64,7 @@ class GetModelShape(WireStruct):
 class ModelSize(WireStruct):
     """What a model needs that may be on no node yet. Nothing of it is verified."""
 
-    model: str
+    model: ModelId
     """`org/name@commit`, with the commit that the revision means now."""
     size_bytes: int
     """Size of all its files."""

@@ -6,6 +6,7 @@ from typing import Literal
 
 from shoal_common.messages import WireStruct
 from shoal_common.messages.envelope import Command
+from shoal_common.names import ModelId
 
 
 class NodeSpec(WireStruct):
@@ -105,7 +106,7 @@ class Preview(WireStruct):
 class Previews(WireStruct):
     """Possible layouts of a model. The first is what `place` would choose, if the request allows its tier."""
 
-    model: str
+    model: ModelId
     """`org/name@commit`."""
     context_tokens: int
     """Context length that the layouts reserve KV cache for."""
@@ -125,7 +126,7 @@ class ListFits(WireStruct):
 class FittingModel(WireStruct):
     """A model, and its best layout."""
 
-    model: str
+    model: ModelId
     """`org/name@commit`."""
     size_bytes: int
     """Size of the model."""
@@ -153,7 +154,7 @@ class RebalanceProposal(WireStruct):
 
     instance: str
     """The instance's id."""
-    model: str
+    model: ModelId
     """`org/name@commit`."""
     current: Preview
     """The current layout."""

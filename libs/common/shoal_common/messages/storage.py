@@ -8,6 +8,7 @@ from shoal_common.messages import WireStruct
 from shoal_common.messages.envelope import Command
 from shoal_common.messages.manifest import Manifest
 from shoal_common.messages.model_shape import ModelShape
+from shoal_common.names import ModelId, model_id
 from shoal_common.settings.fields import with_changes_of, with_values_of
 from shoal_common.settings.node import PublishedSettings, StorageSettings
 
@@ -27,7 +28,7 @@ class LeaseState(WireStruct):
 
     id: str
     """The lease's id."""
-    model: str
+    model: ModelId
     """`org/name@commit`."""
     holder: str
     """Who holds it, in the holder's words."""
@@ -94,7 +95,7 @@ class StorageState(_Published):
     """Complete models in the store."""
     blob_count: int = 0
     """Blobs in the store."""
-    pinned: list[str] = []
+    pinned: list[ModelId] = []
     """Models (`org/name@commit`) that are never evicted or deleted."""
     quarantined: list[str] = []
     """Corrupt blobs that were set aside."""
@@ -114,9 +115,9 @@ class StorageState(_Published):
     """Paths of the first foreign files, below the store."""
     store_missing: bool = False
     """Whether the store is missing, for example unmounted; its models are not offered then."""
-    ended_downloads: list[str] = []
+    ended_downloads: list[ModelId] = []
     """Models (`org/name@commit`) of which only an ended download's bytes are left; evicted first."""
-    paused_downloads: dict[str, int] = {}
+    paused_downloads: dict[ModelId, int] = {}
     """Bytes kept for paused downloads, by `org/name@commit`; included in `reserved_bytes` and `used_bytes`."""
     ballast_bytes: int = 0
     """Size of the ballast file, which is deleted first when the disk is full."""
@@ -154,9 +155,9 @@ class ModelState(WireStruct):
     """Its directory in a library; "" for a model of the store."""
 
     @property
-    def model(self) -> str:
+    def model(self) -> ModelId:
         """`org/name@commit`."""
-        return f"{self.repo}@{self.commit}"
+        return model_id(self.repo, self.commit)
 
 
 class ShardState(WireStruct):
@@ -181,9 +182,9 @@ class ShardState(WireStruct):
     """Revisions that people used for this commit."""
 
     @property
-    def model(self) -> str:
+    def model(self) -> ModelId:
         """`org/name@commit`."""
-        return f"{self.repo}@{self.commit}"
+        return model_id(self.repo, self.commit)
 
 
 class PlanEviction(WireStruct):
@@ -196,7 +197,7 @@ class PlanEviction(WireStruct):
 class Victim(WireStruct):
     """A model in an eviction plan."""
 
-    model: str
+    model: ModelId
     """`org/name@commit`."""
     freed_bytes: int
     """Bytes that evicting it frees at its place in the plan."""
@@ -221,19 +222,16 @@ class EvictionPlan(WireStruct):
     """Whether the plan frees enough. If not, nothing is evicted and the lists are empty."""
     evictable_bytes: int = 0
     """Bytes that could be evicted at most."""
-    protected: dict[str, str] = {}
+    protected: dict[ModelId, str] = {}
     """Protected models, and why: `pinned`, `used by instance x and me (pid 4711)`, `being fetched`."""
     ended_downloads: list[Victim] = []
     """Bytes that ended downloads have left, oldest first."""
 
 
 class CheckSpace(WireStruct):
-    """`svc.storage.<node>.check_space`: does this model, whose download a full disk has stopped, fit the disk now?
+    """`svc.storage.<node>.check_space`: does this model, whose download a full disk has stopped, fit the disk now?"""
 
-    Storage evicts if its policy allows it: one plan for all running downloads.
-    """
-
-    model: str
+    model: ModelId
     """`org/name@commit`."""
 
 
@@ -253,13 +251,13 @@ class SpaceCheck(WireStruct):
     out_of_inodes: bool = False
     """Whether the file system takes no further file, whatever its free space."""
     evicted: EvictionPlan | None = None
-    """The eviction that this request caused, if any."""
+    """The eviction that this request caused, if the policy allows one: one plan for all running downloads."""
 
 
 class RecordUse(WireStruct):
     """`svc.storage.<node>.record_use`: record that inference used these models now."""
 
-    models: list[str]
+    models: list[ModelId]
     """`org/name@commit` each."""
 
 
@@ -288,7 +286,7 @@ class ReserveResult(WireStruct):
 class Release(WireStruct):
     """`svc.storage.<node>.release`: end an unsuccessful download's reservation; delete bytes that only it needs."""
 
-    model: str
+    model: ModelId
     """`org/name@commit`."""
     blobs: list[str] = []
     """The model's complete blobs here. Storage finds its partial blobs by itself."""

@@ -10,6 +10,7 @@ import msgspec
 from shoal_common.errors import ErrorBody
 from shoal_common.messages.downloads import DownloadPhase
 from shoal_common.messages.storage import ShardState, StorageState
+from shoal_common.names import ModelId
 
 
 class ServiceView(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,7 +58,7 @@ class StorageView(msgspec.Struct, frozen=True, kw_only=True):
 class ModelView(msgspec.Struct, frozen=True, kw_only=True):
     """A model and the nodes that hold it completely."""
 
-    model: str
+    model: ModelId
     repo: str
     commit: str
     nodes: list[str] = []

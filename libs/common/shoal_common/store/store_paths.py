@@ -6,7 +6,16 @@ from pathlib import Path
 
 from shoal_common.errors import BadName
 from shoal_common.messages.manifest import Manifest
-from shoal_common.names import ModelRef, check_blob, check_commit, check_file_path, check_id
+from shoal_common.names import (
+    ModelId,
+    check_blob,
+    check_commit,
+    check_file_path,
+    check_id,
+    check_model_id,
+    commit_of,
+    repo_of,
+)
 
 FORMAT_VERSION = "1"
 
@@ -70,41 +79,41 @@ class StorePaths:
         """Return the relay bitmap of a partial blob, valid for this boot."""
         return self.partial(blob) / "ready"
 
-    def manifest(self, repo: str, commit: str) -> Path:
+    def manifest(self, model: ModelId) -> Path:
         """Return a manifest's file."""
-        return self.manifests / directory_of(repo) / f"{check_commit(commit)}.json"
+        return self.manifests / directory_of(repo_of(model)) / f"{check_commit(commit_of(model))}.json"
 
-    def view(self, repo: str, commit: str) -> Path:
+    def view(self, model: ModelId) -> Path:
         """Return the directory with a model's files under their own names."""
-        return self.views / directory_of(repo) / check_commit(commit)
+        return self.views / directory_of(repo_of(model)) / check_commit(commit_of(model))
 
-    def pin(self, repo: str, commit: str) -> Path:
+    def pin(self, model: ModelId) -> Path:
         """Return the file that pins a model."""
-        return self.pins / f"{directory_of(repo)}@{check_commit(commit)}"
+        return self.pins / model_file_name(model)
 
-    def use(self, repo: str, commit: str) -> Path:
+    def use(self, model: ModelId) -> Path:
         """Return the file whose mtime is a model's last use."""
-        return self.uses / f"{directory_of(repo)}@{check_commit(commit)}"
+        return self.uses / model_file_name(model)
 
-    def reservation(self, repo: str, commit: str) -> Path:
+    def reservation(self, model: ModelId) -> Path:
         """Return the reservation: the file with the blobs that a running download relies on."""
-        return self.reservations / f"{directory_of(repo)}@{check_commit(commit)}"
+        return self.reservations / model_file_name(model)
 
-    def shard(self, repo: str, commit: str) -> Path:
+    def shard(self, model: ModelId) -> Path:
         """Return the file that says which layers of an incomplete model are here."""
-        return self.shards / f"{directory_of(repo)}@{check_commit(commit)}"
+        return self.shards / model_file_name(model)
 
     def library_blob(self, sha256: str) -> Path:
         """Return the file that says where a library holds a blob."""
         return self.library_blobs / check_blob(sha256)[:2] / sha256
 
-    def library_model(self, repo: str, commit: str) -> Path:
+    def library_model(self, model: ModelId) -> Path:
         """Return the file that exists while a model's view leads into a library."""
-        return self.library_models / f"{directory_of(repo)}@{check_commit(commit)}"
+        return self.library_models / model_file_name(model)
 
     def view_file(self, manifest: Manifest, path: str) -> Path:
         """Return a file in a view."""
-        return view_file_path(self.view(manifest.repo, manifest.commit), path)
+        return view_file_path(self.view(manifest.model), path)
 
     def lease(self, lease: str) -> Path:
         """Return a lease's directory."""
@@ -129,9 +138,19 @@ def directory_of(repo: str) -> str:
     return repo.replace("/", "--")
 
 
-def model_from_directory(directory: str, commit: str) -> str:
-    """Return the model (`org/name@commit`) of a directory `<org>--<name>` and a commit. Raises BadName."""
-    ref = ModelRef.parse(directory.replace("--", "/", 1))
-    if directory_of(ref.repo) != directory:
-        raise BadName(f"{directory!r} is not the directory of a model")
-    return f"{ref.repo}@{check_commit(commit)}"
+def model_file_name(model: ModelId) -> str:
+    """Return `<org>--<name>@<commit>`, the name of a file that is about a model."""
+    return f"{directory_of(repo_of(model))}@{check_commit(commit_of(model))}"
+
+
+def model_from_file_name(name: str) -> ModelId:
+    """Return the model of a file `<org>--<name>@<commit>`. Raises BadName."""
+    model = check_model_id(name.replace("--", "/", 1))
+    if model_file_name(model) != name:
+        raise BadName(f"{name!r} is not the name of a model's file")
+    return model
+
+
+def model_from_directory(directory: str, commit: str) -> ModelId:
+    """Return the model of a directory `<org>--<name>` and a commit. Raises BadName."""
+    return model_from_file_name(f"{directory}@{commit}")

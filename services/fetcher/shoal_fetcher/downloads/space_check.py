@@ -6,6 +6,7 @@ import asyncio
 
 from shoal_common.errors import DiskFull, ErrorBody
 from shoal_common.messages.storage import SpaceCheck
+from shoal_common.names import ModelId
 from shoal_common.store.store_paths import StorePaths
 from shoal_common.units import format_bytes
 from shoal_fetcher.errors import ReservationLost
@@ -13,7 +14,7 @@ from shoal_fetcher.partials.disk_writes import probe_disk
 from shoal_fetcher.storage_client import StorageClient
 
 
-async def find_shortage(storage: StorageClient, layout: StorePaths, model: str, blob: str) -> ErrorBody | None:
+async def find_shortage(storage: StorageClient, layout: StorePaths, model: ModelId, blob: str) -> ErrorBody | None:
     """Return what still blocks the download of `model` (`org/name@commit`); None if nothing is known to.
 
     `blob`: the partial blob that could not be written, or "".

@@ -11,7 +11,7 @@ from shoal_common.errors import InternalError, ShoalError
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages.manifest import Manifest
 from shoal_common.messages.storage import GetManifest
-from shoal_common.names import ModelRef, is_commit
+from shoal_common.names import ModelRef, is_commit, model_id
 from shoal_fetcher.downloads import events as ev
 from shoal_fetcher.downloads.model_fetch import DownloadContext, FetchPlan, FileFetcher, ModelFetch
 from shoal_fetcher.downloads.shard_fetch import ShardFetch, sealed_lists
@@ -80,7 +80,7 @@ class DownloadSteps:
             return
         try:
             blobs = {*self._earlier_blobs, *self._progress.state.blobs}
-            await self._context.storage.release(self._ref.repo, commit, blobs)
+            await self._context.storage.release(model_id(self._ref.repo, commit), blobs)
         except ShoalError as e:
             log.warning("could not release a reservation", model=str(self._ref), reason=e.message)
             raise

@@ -26,6 +26,7 @@ from shoal_common.messages.views import (
     StatusView,
     StorageView,
 )
+from shoal_common.names import ModelId, model_id
 from shoal_gateway.cluster.snapshot import ClusterSnapshot
 
 _MEMORY_SOURCES = ("inference", "storage", *SERVICES)
@@ -132,8 +133,8 @@ def shards_of(snapshot: ClusterSnapshot) -> list[ShardState]:
 
 def model_views(snapshot: ClusterSnapshot) -> list[ModelView]:
     """Return all models that some node holds completely."""
-    nodes: dict[str, list[str]] = {}
-    library_directories: dict[str, dict[str, str]] = {}
+    nodes: dict[ModelId, list[str]] = {}
+    library_directories: dict[ModelId, dict[str, str]] = {}
     for copy in snapshot.models:
         if copy.library_directory:
             library_directories.setdefault(copy.model, {})[copy.node] = copy.library_directory
@@ -179,7 +180,7 @@ def instance_view(snapshot: ClusterSnapshot, instance: str) -> InstanceView | No
     actual = snapshot.stages.get(instance, {})
     return InstanceView(
         id=instance,
-        model=f"{known.repo}@{known.commit}",
+        model=model_id(known.repo, known.commit),
         repo=known.repo,
         commit=known.commit,
         # The state of an earlier layout does not apply to this one.

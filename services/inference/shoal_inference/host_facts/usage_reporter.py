@@ -16,6 +16,7 @@ from shoal_common.logs import StructuredLogger
 from shoal_common.messages.envelope import Empty
 from shoal_common.messages.instances import InstanceSpec
 from shoal_common.messages.storage import RecordUse
+from shoal_common.names import ModelId
 from shoal_common.rpc.request_reply import RpcClient
 
 log = StructuredLogger("uses")
@@ -41,7 +42,7 @@ class UsageReporter:
         for node in {stage.node for stage in spec.stages}:
             self._tasks.create_task(self._report(node, spec.model))
 
-    async def _report(self, node: str, model: str) -> None:
+    async def _report(self, node: str, model: ModelId) -> None:
         try:
             await self._rpc(
                 "storage", node, "record_use", RecordUse(models=[model]), Empty, deadline_s=_REPORT_TIMEOUT_S

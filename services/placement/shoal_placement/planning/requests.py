@@ -169,7 +169,7 @@ def _downloaded(model: ModelState, downloads: Iterable[DownloadState]) -> dict[s
     return {
         d.node: min(d.done_bytes / model.size_bytes, 1.0)
         for d in downloads
-        if d.commit == model.commit and d.model.partition("@")[0] == model.repo and model.size_bytes > 0
+        if d.commit == model.commit and ModelRef.parse(d.model).repo == model.repo and model.size_bytes > 0
     }
 
 

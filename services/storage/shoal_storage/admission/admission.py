@@ -9,6 +9,7 @@ import msgspec
 
 from shoal_common.errors import BadInput, QuotaExceeded
 from shoal_common.messages.manifest import Manifest
+from shoal_common.names import ModelId
 from shoal_common.settings.node import StorageSettings
 from shoal_common.store import leaf_set
 from shoal_common.units import format_bytes
@@ -95,7 +96,7 @@ def requested_leaves(
     return leaves_by_blob
 
 
-def leaves_to_reserve(model: str, requested: Mapping[str, int], ledger: Ledger) -> dict[str, int]:
+def leaves_to_reserve(model: ModelId, requested: Mapping[str, int], ledger: Ledger) -> dict[str, int]:
     """Return the leaves to reserve by blob. Blobs that are not in the result are reserved whole."""
     result = dict(requested)
     for blob in requested:

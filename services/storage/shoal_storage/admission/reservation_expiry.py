@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import msgspec
 
 from shoal_common.messages.downloads import DownloadRequest, DownloadState
-from shoal_common.names import ModelRef
+from shoal_common.names import ModelId, ModelRef, commit_of, repo_of
 from shoal_storage.ledger.ledger import Ledger
 
 RESERVATION_GRACE_S = 300.0
@@ -28,9 +28,9 @@ class DownloadRequestView(msgspec.Struct, frozen=True):
 class ExpiryActions(msgspec.Struct):
     """Models (`org/name@commit`) by what to do with their reservations."""
 
-    renew: list[str] = []
-    end: list[str] = []
-    remove: list[str] = []
+    renew: list[ModelId] = []
+    end: list[ModelId] = []
+    remove: list[ModelId] = []
 
 
 def download_requests(
@@ -46,13 +46,12 @@ def download_requests(
     return requests
 
 
-def requests_for_model(model: str, requests: Iterable[DownloadRequestView]) -> list[DownloadRequestView]:
-    """Return the requests that mean a model (`org/name@commit`), or may: those whose commit is not known yet."""
-    repo, _, commit = model.rpartition("@")
-    return [w for w in requests if w.repo == repo and w.commit in (commit, "")]
+def requests_for_model(model: ModelId, requests: Iterable[DownloadRequestView]) -> list[DownloadRequestView]:
+    """Return the requests that mean a model, or may: those whose commit is not known yet."""
+    return [w for w in requests if w.repo == repo_of(model) and w.commit in (commit_of(model), "")]
 
 
-def paused_models(ledger: Ledger, requests: Iterable[DownloadRequestView]) -> set[str]:
+def paused_models(ledger: Ledger, requests: Iterable[DownloadRequestView]) -> set[ModelId]:
     """Return the arriving models that are paused and not fetched under another name."""
     requests = list(requests)
     paused = set()

@@ -15,6 +15,7 @@ from shoal_common.errors import QuotaExceeded, Unavailable
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages.manifest import Manifest
 from shoal_common.messages.storage import EvictionPlan, Victim
+from shoal_common.names import ModelId
 from shoal_common.units import format_bytes
 from shoal_storage.admission.admission import (
     Admission,
@@ -84,7 +85,9 @@ class EvictionExecutor:
             need_bytes = demand.shortfall(ledger, settings, spaces).required_bytes
             return await self._plan(held, need_bytes, demand.met_after_freeing(ledger, settings, spaces))
 
-    async def _plan(self, held: Held, need_bytes: int, enough: IsEnough, admitted_model: str = "") -> EvictionPlan:
+    async def _plan(
+        self, held: Held, need_bytes: int, enough: IsEnough, admitted_model: ModelId | None = None
+    ) -> EvictionPlan:
         """Return what would be evicted to free so many bytes where `enough` needs them. The admitted model stays.
 
         Changes nothing.
@@ -92,7 +95,7 @@ class EvictionExecutor:
         ledger = self._ledger
         protected = protected_models(ledger, await self._usage.current_users(held), admitted_model)
         eviction = plan_eviction(need_bytes, ledger, ledger.uses.last_uses, protected, enough)
-        if admitted_model not in ledger.local_manifests:
+        if admitted_model is not None and admitted_model not in ledger.local_manifests:
             protected.pop(admitted_model, None)  # nothing to protect yet: a dry run before the request says the same
         return structs.replace(eviction, protected=protected)
 
@@ -239,7 +242,7 @@ class EvictionExecutor:
         """Return what has come between a plan and its victim, or ""."""
         ledger = self._ledger
         protected = protected_models(
-            ledger, await self._usage.current_users(held), admitted.model if admitted else ""
+            ledger, await self._usage.current_users(held), admitted.model if admitted else None
         )
         if victim in eviction.ended_downloads and victim.model not in ledger.arrivals.ended_reservations:
             return "its download goes on, or is complete"

@@ -6,6 +6,7 @@ import asyncio
 from contextlib import suppress
 
 from shoal_common.logs import StructuredLogger
+from shoal_common.names import ModelId
 from shoal_storage.context import StorageContext
 from shoal_storage.integrity.consequences import drop_obsolete_quarantine
 from shoal_storage.ledger.references import blobs_freed_by
@@ -25,15 +26,14 @@ class ModelDeleter:
         self._context, self._store, self._ledger = context, context.store, context.ledger
         self._metadata, self._shards = context.metadata, shards
 
-    async def delete_model(self, held: Held, model: str) -> int:
+    async def delete_model(self, held: Held, model: ModelId) -> int:
         """Delete a model, complete, incomplete or arriving, with the blobs that only it needs. Returns bytes freed.
 
         After an OSError the model is either complete and published, or neither and in `deleting`; then call it again.
         """
         ledger = self._ledger
         await self._shards.drop(held, model)
-        repo, _, commit = model.rpartition("@")
-        await asyncio.to_thread(begin_delete, self._store, repo, commit)
+        await asyncio.to_thread(begin_delete, self._store, model)
         manifest = ledger.begin_deletion(model)
         # Also blobs that are not here: their leaf hashes may be, and an earlier attempt may not have been durable.
         deletable = ledger.blobs.keys() | (
@@ -41,7 +41,7 @@ class ModelDeleter:
         )
         leaving = [blob for blob in blobs_freed_by(model, ledger) if blob in deletable]
         try:
-            await asyncio.to_thread(finish_delete, self._store, repo, commit, leaving)
+            await asyncio.to_thread(finish_delete, self._store, model, leaving)
             await asyncio.to_thread(self._metadata.delete_records, model)
         finally:
             freed = sum(
@@ -56,13 +56,13 @@ class ModelDeleter:
                 await asyncio.to_thread(build_view, self._store.layout, offered)
         return freed
 
-    async def delete_abandoned(self, held: Held, model: str) -> int:
+    async def delete_abandoned(self, held: Held, model: ModelId) -> int:
         """Delete what an ended download left. A model that is here stays. Returns bytes freed."""
         if model in self._ledger.stored_manifests:
             return await self.end_reservation(held, model)
         return await self.delete_model(held, model)
 
-    async def end_reservation(self, held: Held, model: str) -> int:
+    async def end_reservation(self, held: Held, model: ModelId) -> int:
         """End a model's reservation and delete partial blobs that only it wanted. Returns the bytes they occupied."""
         held.require()
         await asyncio.to_thread(self._metadata.end_reservation, model)

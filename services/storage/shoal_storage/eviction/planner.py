@@ -14,6 +14,7 @@ from msgspec import structs
 
 from shoal_common.errors import QuotaExceeded
 from shoal_common.messages.storage import EvictionPlan, Victim
+from shoal_common.names import ModelId
 from shoal_common.settings.node import EvictionPolicy
 from shoal_common.units import format_bytes
 from shoal_storage.ledger.ledger import Ledger
@@ -29,8 +30,8 @@ IsEnough = Callable[[Mapping[str, int]], bool]
 def plan_eviction(
     need_bytes: int,
     ledger: Ledger,
-    last_uses: Mapping[str, float],
-    protected: Mapping[str, str],
+    last_uses: Mapping[ModelId, float],
+    protected: Mapping[ModelId, str],
     enough: IsEnough | None = None,
 ) -> EvictionPlan:
     """Plan how to free `need_bytes`: all garbage, then abandoned downloads, then the least recently used models that
@@ -51,7 +52,7 @@ def plan_eviction(
     order = sorted((m for m in local if m not in protected), key=lambda m: (last_uses.get(m, 0.0), m))
     evictable_bytes = garbage_bytes + start.only_in({*abandoned, *order})
 
-    remaining, prefix = start.copy(), list[str]()
+    remaining, prefix = start.copy(), list[ModelId]()
     suffices = need_bytes <= 0 or is_enough(freed)
     for model in (*abandoned, *order):
         if suffices:
@@ -69,7 +70,7 @@ def plan_eviction(
         )
 
     models = [m for m in prefix if m in local]
-    spared = set()
+    spared = set[ModelId]()
     # An abandoned download is never kept at the cost of a model.
     for model in models or prefix:
         still_needed = remaining.needed_by(model)
@@ -111,7 +112,7 @@ class _References:
     blob, with the bytes it occupies, when no model is left that it arrives for.
     """
 
-    def __init__(self, ledger: Ledger, needs: Mapping[str, set[str]]) -> None:
+    def __init__(self, ledger: Ledger, needs: Mapping[ModelId, set[str]]) -> None:
         self._sizes, self._volume_by_blob, self._needs = ledger.blobs, ledger.volume_by_blob, needs
         self._partials: dict[str, list[str]] = {}
         leaving = ledger.arrivals.ended_reservations | ledger.shards.keys()
@@ -139,14 +140,14 @@ class _References:
         )
         return duplicate
 
-    def only_in(self, models: Set[str]) -> int:
+    def only_in(self, models: Set[ModelId]) -> int:
         """Return the bytes that nothing would need if all of these models were removed."""
         needed = set[str]().union(*(blobs for m, blobs in self._needs.items() if m not in models))
         arriving = {b for m, blobs in self._partials.items() if m not in models for b in blobs}
         freed_bytes = sum(self._sizes[b] for b in self._blobs.keys() - needed if b in self._sizes)
         return freed_bytes + sum(n for b, n in self._occupied.items() if b not in arriving)
 
-    def remove(self, model: str) -> dict[str, int]:
+    def remove(self, model: ModelId) -> dict[str, int]:
         """Remove a model's references. Returns the bytes that nothing needs any more, by volume."""
         # Inlined: this and `needed_by` are most of what a plan costs.
         freed, counts, arriving = dict[str, int](), self._blobs, self._arriving
@@ -163,7 +164,7 @@ class _References:
                 freed[volume_id] = freed.get(volume_id, 0) + self._occupied[b]
         return freed
 
-    def needed_by(self, model: str) -> dict[str, int]:
+    def needed_by(self, model: ModelId) -> dict[str, int]:
         """Return the bytes that are unneeded now and that a removed model would need again, by volume."""
         needed = dict[str, int]()
         for b in self._needs[model] & self._freed:
@@ -175,14 +176,14 @@ class _References:
                 needed[volume_id] = needed.get(volume_id, 0) + self._occupied[b]
         return needed
 
-    def restore(self, model: str) -> None:
+    def restore(self, model: ModelId) -> None:
         """Undo `remove`."""
         self._blobs.update(self._needs[model])
         self._freed -= self._needs[model]
         self._arriving.update(self._partials.get(model, ()))
 
 
-def _needs(ledger: Ledger) -> dict[str, set[str]]:
+def _needs(ledger: Ledger) -> dict[ModelId, set[str]]:
     """Return the blobs that each model needs: complete, incomplete, leased or arriving."""
     needs = {model: {f.blob for f in m.files} for model, m in ledger.stored_manifests.items()}
     for model, blobs in ledger.arrivals.reservations.items():
@@ -225,8 +226,8 @@ def _garbage_bytes(garbage: Iterable[str], ledger: Ledger, needed: Set[str]) -> 
 
 
 def protected_models(
-    ledger: Ledger, users_by_model: Mapping[str, Sequence[ModelUser]], admitted_model: str = ""
-) -> dict[str, str]:
+    ledger: Ledger, users_by_model: Mapping[ModelId, Sequence[ModelUser]], admitted_model: ModelId | None = None
+) -> dict[ModelId, str]:
     """Return the models that may not go, and why. A model that is being admitted counts as being fetched again."""
     arriving, local = (
         set(ledger.arrivals.reservations) | {m for p in ledger.arrivals.partials.values() for m in p.models},

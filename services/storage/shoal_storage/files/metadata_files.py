@@ -22,7 +22,8 @@ from pathlib import Path
 from shoal_common.errors import BadMessage, BadName, InternalError
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages import WireStruct, decode, encode
-from shoal_common.store.store_paths import StorePaths, model_from_directory
+from shoal_common.names import ModelId
+from shoal_common.store.store_paths import StorePaths, model_from_file_name
 from shoal_storage.files.atomic_file import fsync_path, make_directory, replace_file
 from shoal_storage.ledger.ledger import Ledger
 
@@ -45,7 +46,7 @@ class MetadataFiles:
 
     def __init__(self, layout: StorePaths, ledger: Ledger) -> None:
         self._layout, self._ledger = layout, ledger
-        self._unwritten: set[str] = set()
+        self._unwritten: set[ModelId] = set()
         """Models whose last use is newer than their file. Only models that are here, so bounded by them."""
 
     def read(self) -> None:
@@ -76,28 +77,26 @@ class MetadataFiles:
                     wanted_s = ledger.arrivals.last_wanted_s.get(model, 0.0)
                     ledger.arrivals.record_wanted(model, max(reserved_s, wanted_s))
 
-    def _entries(self, directory: Path) -> dict[str, Path]:
+    def _entries(self, directory: Path) -> dict[ModelId, Path]:
         """Return the files of a directory by their models. Deletes those of models that are gone."""
         files, local = {}, self._ledger.local_manifests
         for model, path in iter_model_files(directory):
-            repo, _, commit = model.rpartition("@")
             if model in local:
                 files[model] = path
-            elif not self._layout.manifest(repo, commit).exists():  # an unreadable manifest is not a missing one
+            elif not self._layout.manifest(model).exists():  # an unreadable manifest is not a missing one
                 path.unlink(missing_ok=True)
         return files
 
-    def record_arrival(self, model: str) -> None:
+    def record_arrival(self, model: ModelId) -> None:
         """Set a sealed model's last use to the time its manifest was written, until it is used."""
         if model not in self._unwritten:
-            repo, _, commit = model.rpartition("@")
             paths = self._layout
-            for path in (paths.use(repo, commit), paths.manifest(repo, commit), paths.shard(repo, commit)):
+            for path in (paths.use(model), paths.manifest(model), paths.shard(model)):
                 with suppress(FileNotFoundError):
                     self._ledger.uses.record_use(model, path.stat().st_mtime)
                     return
 
-    def record_use(self, models: Iterable[str], now_s: float) -> None:
+    def record_use(self, models: Iterable[ModelId], now_s: float) -> None:
         """Record a use of those of the models that are here. In memory: `write_uses` makes it durable."""
         local = self._ledger.local_manifests
         for model in models:
@@ -113,17 +112,15 @@ class MetadataFiles:
             last_use_s = self._ledger.uses.last_uses.get(model)
             if last_use_s is None:  # deleted meanwhile
                 continue
-            repo, _, commit = model.rpartition("@")
             try:
-                _touch(self._layout.use(repo, commit), last_use_s)
+                _touch(self._layout.use(model), last_use_s)
             except OSError as e:
                 self._unwritten.add(model)
                 log.warning("cannot write last use; kept in memory", model=model, reason=e.strerror)
 
-    def write_reservation(self, model: str) -> None:
+    def write_reservation(self, model: ModelId) -> None:
         """Make the ledger's reservation for a model durable."""
-        repo, _, commit = model.rpartition("@")
-        path = self._layout.reservation(repo, commit)
+        path = self._layout.reservation(model)
         try:
             make_directory(path.parent)
             replace_file(path, encode(ReservationFile(blobs=sorted(self._ledger.arrivals.reservations[model]))))
@@ -131,57 +128,51 @@ class MetadataFiles:
             # A full disk. After a restart, what this fetch has brought would be fetched again.
             log.warning("cannot write reservation; kept in memory", model=model, reason=e.strerror)
 
-    def record_wanted(self, model: str, now_s: float) -> None:
+    def record_wanted(self, model: ModelId, now_s: float) -> None:
         """Record that an arriving model is wanted now. Survives a restart if the disk allows the write."""
         self._ledger.arrivals.record_wanted(model, now_s)
-        repo, _, commit = model.rpartition("@")
         partials = (self._layout.partial(b) for b, p in self._ledger.arrivals.partials.items() if model in p.models)
-        for path in (self._layout.reservation(repo, commit), *(p / "meta.json" for p in partials)):
+        for path in (self._layout.reservation(model), *(p / "meta.json" for p in partials)):
             with suppress(OSError):
                 os.utime(path, (now_s, now_s))
 
-    def end_reservation(self, model: str) -> None:
+    def end_reservation(self, model: ModelId) -> None:
         """End a model's reservation: its fetch is over."""
         self._ledger.arrivals.end_reservation(model)
-        repo, _, commit = model.rpartition("@")
-        _remove(self._layout.reservation(repo, commit))
+        _remove(self._layout.reservation(model))
 
-    def pin(self, model: str) -> None:
+    def pin(self, model: ModelId) -> None:
         """Pin a model. After this returns, the pin survives a power cut."""
-        repo, _, commit = model.rpartition("@")
         try:
-            _touch(self._layout.pin(repo, commit))
+            _touch(self._layout.pin(model))
         except OSError as e:
             raise InternalError(
                 f"cannot write the pin of {model} ({e.strerror}); free some space and try again"
             ) from None
         self._ledger.uses.pin(model)
 
-    def unpin(self, model: str) -> None:
+    def unpin(self, model: ModelId) -> None:
         """Unpin a model. Not pinned already is fine."""
-        repo, _, commit = model.rpartition("@")
-        _remove(self._layout.pin(repo, commit))
+        _remove(self._layout.pin(model))
         self._ledger.uses.unpin(model)
 
-    def delete_records(self, model: str) -> None:
+    def delete_records(self, model: ModelId) -> None:
         """Delete the records of a deleted model."""
         self._unwritten.discard(model)
         self._ledger.uses.forget_use(model)
         self.unpin(model)
-        repo, _, commit = model.rpartition("@")
-        self._layout.use(repo, commit).unlink(missing_ok=True)
+        self._layout.use(model).unlink(missing_ok=True)
 
 
-def iter_model_files(directory: Path) -> Iterator[tuple[str, Path]]:
+def iter_model_files(directory: Path) -> Iterator[tuple[ModelId, Path]]:
     """Yield the files of a directory that are named after a model, with the model. Foreign files are logged."""
     with suppress(FileNotFoundError):
         for path in sorted(directory.iterdir()):
             if path.name.startswith(".") and path.name.endswith(_TEMPORARY_SUFFIX):
                 path.unlink(missing_ok=True)
                 continue
-            name, _, commit = path.name.rpartition("@")
             try:
-                model = model_from_directory(name, commit)
+                model = model_from_file_name(path.name)
             except BadName:
                 log.warning("file name is not a model; left alone", path=path)
                 continue

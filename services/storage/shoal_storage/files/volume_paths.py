@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from shoal_common.store.store_paths import StorePaths
+from shoal_common.names import ModelId
+from shoal_common.store.store_paths import StorePaths, model_file_name
 from shoal_storage.ledger.blob_volumes import BlobVolumes
 
 
@@ -37,10 +38,9 @@ class VolumePaths(StorePaths):
         """The real directory of a partial blob, not a link to it."""
         return StorePaths.partial(self._paths_of(blob), blob)
 
-    def tombstone(self, repo: str, commit: str) -> Path:
+    def tombstone(self, model: ModelId) -> Path:
         """The tombstone of a model: the manifest of a model being deleted."""
-        manifest = self.manifest(repo, commit)
-        return self.tombstones / f"{manifest.parent.name}@{manifest.name}"
+        return self.tombstones / f"{model_file_name(model)}.json"
 
     def partial_link(self, blob: str) -> Path:
         """The path in the store at which other services find that directory."""

@@ -10,7 +10,7 @@ from shoal_common.messages.downloads import StopDownloads
 from shoal_common.messages.envelope import Empty
 from shoal_common.messages.manifest import Manifest
 from shoal_common.messages.storage import Delete
-from shoal_common.names import ModelRef
+from shoal_common.names import ModelId, ModelRef
 from shoal_storage.context import StorageContext
 from shoal_storage.eviction.model_deleter import ModelDeleter
 from shoal_storage.leases.last_use import UsageView
@@ -53,7 +53,7 @@ class DeleteCommand:
         return await self._context.service.detached.run(self._delete(ref, revision))
 
     async def _delete(self, ref: ModelRef, revision: str) -> dict[str, object]:
-        freed, deleted = 0, list[str]()
+        freed, deleted = 0, list[ModelId]()
         try:
             await self._usage.catch_up()
             async with self._context.section as held:
@@ -75,7 +75,7 @@ class DeleteCommand:
         """Return what is here of a revision, and what failed deletions left of it."""
         return matching_manifests(repo, revision, {**self._ledger.deleting, **self._ledger.local_manifests}.values())
 
-    async def _remove_or_explain(self, held: Held, model: str) -> int:
+    async def _remove_or_explain(self, held: Held, model: ModelId) -> int:
         try:
             return await self._deleter.delete_model(held, model)
         except OSError as e:

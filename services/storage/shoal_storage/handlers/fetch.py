@@ -24,7 +24,7 @@ from shoal_common.messages.storage import (
     ReserveResult,
     SealModel,
 )
-from shoal_common.names import ModelRef, check_blob, check_commit
+from shoal_common.names import ModelId, ModelRef, check_blob, check_model_id
 from shoal_common.store.leaf_hash import hash_leaf_list
 from shoal_storage.admission.admission import Admission
 from shoal_storage.admission.manifest_check import check_manifest
@@ -101,7 +101,7 @@ class FetchApi:
             await asyncio.to_thread(self._metadata.record_wanted, model, time.time())
 
     async def _reserve_blob(
-        self, held: Held, blob: str, size_bytes: int, model: str, wanted_leaves: int | None, volume_id: str
+        self, held: Held, blob: str, size_bytes: int, model: ModelId, wanted_leaves: int | None, volume_id: str
     ) -> None:
         held.require()
         arrivals, was_quarantined = self._ledger.arrivals, False
@@ -137,8 +137,7 @@ class FetchApi:
 
     async def release(self, request: Release) -> Empty:
         """End a reservation. Bytes that only it needed are deleted."""
-        model, blobs = request.model, [check_blob(blob) for blob in request.blobs]
-        check_commit(ModelRef.parse(model).revision)
+        model, blobs = check_model_id(request.model), [check_blob(blob) for blob in request.blobs]
         async with self._evictions.turn, self._context.section as held:
             if model in self._ledger.stored_manifests:
                 await self._deleter.end_reservation(held, model)

@@ -17,7 +17,7 @@ from shoal_common.errors import NotFound, ShoalError
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages.manifest import Manifest
 from shoal_common.messages.storage import Verify
-from shoal_common.names import ModelRef
+from shoal_common.names import ModelId, ModelRef
 from shoal_storage.context import StorageContext
 from shoal_storage.integrity import blob_check, quarantine, repair
 from shoal_storage.integrity.consequences import drop_obsolete_quarantine, instances_using, next_to_scrub
@@ -48,11 +48,11 @@ class VerifyReport(msgspec.Struct):
     """Leaves of the corrupt blobs to download again: all of them where no leaf hashes tell which are good."""
     missing: list[str] = []
     """Blobs whose file is gone."""
-    models: list[str] = []
+    models: list[ModelId] = []
     """Models that this made incomplete: unpublished; pull them again."""
     instances: list[str] = []
     """Instances with stages of those models on this node: stop them, the weights they loaded may be corrupt."""
-    incomplete: list[str] = []
+    incomplete: list[ModelId] = []
     """All incomplete models among those requested, including those found earlier."""
 
 
@@ -107,7 +107,7 @@ class Verifier:
             raise NotFound(f"{model} is not on node {self._context.node}; `shoal ls` shows what can be verified")
         return sorted({blob for manifest in manifests for blob in manifest.blob_sizes})
 
-    def _requested(self, model: str, manifests: Mapping[str, Manifest]) -> list[Manifest]:
+    def _requested(self, model: str, manifests: Mapping[ModelId, Manifest]) -> list[Manifest]:
         if not model:
             return list(manifests.values())
         ref = ModelRef.parse(model)

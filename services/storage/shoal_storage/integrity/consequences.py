@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Collection, Iterable, Mapping
 
 from shoal_common.messages.instances import InstanceSpec
+from shoal_common.names import ModelId
 from shoal_storage.context import StorageContext
 from shoal_storage.ledger.ledger import Ledger
 from shoal_storage.ledger.references import referenced_blobs
@@ -40,7 +41,7 @@ async def drop_obsolete_quarantine(held: Held, context: StorageContext) -> None:
         ledger.drop_quarantined(sha256)
 
 
-def instances_using(context: StorageContext, models: Collection[str]) -> list[str]:
+def instances_using(context: StorageContext, models: Collection[ModelId]) -> list[str]:
     """Return the instances with stages of these models (`org/name@commit`) on this node."""
     return [
         spec.id

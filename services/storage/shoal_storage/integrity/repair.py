@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from shoal_common.messages import encode
+from shoal_common.names import ModelId
 from shoal_common.store.bitmap import Bitmap
 from shoal_storage.files.atomic_file import fsync_path, replace_file, replace_file_unsynced
 from shoal_storage.integrity.blob_check import VerificationResult
@@ -62,7 +63,11 @@ def _good_leaves(store: Store, sha256: str, size_bytes: int) -> Bitmap | None:
 
 
 def create_partial(
-    store: Store, blob: str, size_bytes: int, models: Iterable[str], leaves_by_model: Mapping[str, int] | None = None
+    store: Store,
+    blob: str,
+    size_bytes: int,
+    models: Iterable[ModelId],
+    leaves_by_model: Mapping[ModelId, int] | None = None,
 ) -> bool:
     """Create a missing partial blob, from the good leaves in quarantine (True) or empty (False)."""
     paths, directory = store.layout, store.layout.partial(blob)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from shoal_common.bus.kv_mirror import wait_caught_up
 from shoal_common.errors import Unavailable
 from shoal_common.messages.instances import InstanceSpec
+from shoal_common.names import ModelId
 from shoal_storage.context import StorageContext
 from shoal_storage.leases.service import LeaseService
 from shoal_storage.ledger.usage import ModelUser, users_of
@@ -28,7 +29,7 @@ class UsageView:
                 "NATS did not answer which instances use the models of this node; nothing was removed, try again"
             ) from None
 
-    async def current_users(self, held: Held) -> dict[str, list[ModelUser]]:
+    async def current_users(self, held: Held) -> dict[ModelId, list[ModelUser]]:
         """Return the users of each model in use. Removes ended leases with their views."""
         await self._leases.refresh(held)
         specs = (s for _, s in self._context.specs.items("instance.", InstanceSpec))

@@ -23,7 +23,7 @@ from msgspec import structs
 from shoal_common.errors import BadName, ShoalError
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages import WireStruct, decode, encode
-from shoal_common.names import check_blob, check_file_path, check_id
+from shoal_common.names import ModelId, check_blob, check_file_path, check_id
 from shoal_common.store.store_paths import StorePaths
 from shoal_storage.ledger.lease import ModelLease, grace_left_s
 from shoal_storage.store.store import Store
@@ -39,7 +39,7 @@ _HELD = re.compile(r"^\d+: FLOCK +\S+ +\S+ +(\d+) +([0-9a-f]+):([0-9a-f]+):(\d+)
 class LeaseFile(WireStruct):
     """`leases/<id>/lease.json`."""
 
-    model: str
+    model: ModelId
     holder: str
     since_s: float
     files: dict[str, str]

@@ -8,6 +8,7 @@ from typing import TypeVar
 import msgspec
 
 from shoal_common.messages.manifest import Manifest
+from shoal_common.names import ModelId
 from shoal_common.store import leaf_set
 
 _BLOCK_BYTES = 64 << 10
@@ -23,8 +24,8 @@ class PartialBlobInfo(msgspec.Struct, frozen=True):
 
     size_bytes: int
     allocated_bytes: int = 0
-    models: Set[str] = frozenset()
-    leaves_by_model: Mapping[str, int] = msgspec.field(default_factory=dict)
+    models: Set[ModelId] = frozenset()
+    leaves_by_model: Mapping[ModelId, int] = msgspec.field(default_factory=dict)
     """The leaves wanted by each model that does not want the whole blob. The other models want all of it."""
     durable_leaves: int = 0
     """Durable leaves, as of the last reservation. Only used when no model wants the whole blob."""
@@ -55,17 +56,17 @@ class PartialBlobInfo(msgspec.Struct, frozen=True):
         )
         return full_bytes if self.allocated_bytes < full_bytes + _BLOCK_BYTES else self.allocated_bytes
 
-    def with_model(self, model: str, leaves: int | None) -> PartialBlobInfo:
+    def with_model(self, model: ModelId, leaves: int | None) -> PartialBlobInfo:
         """Return a copy that this model also wants: these leaves, or all of it."""
         others = {m: x for m, x in self.leaves_by_model.items() if m != model}
         by_model = others if leaves is None else {**others, model: leaves}
         return msgspec.structs.replace(self, models={*self.models, model}, leaves_by_model=by_model)
 
-    def with_only_model(self, model: str) -> PartialBlobInfo:
+    def with_only_model(self, model: ModelId) -> PartialBlobInfo:
         """Return a copy that only this model wants."""
         return msgspec.structs.replace(self, models={model})
 
-    def without_model(self, model: str) -> PartialBlobInfo:
+    def without_model(self, model: ModelId) -> PartialBlobInfo:
         """Return a copy that this model no longer wants."""
         rest = {m: x for m, x in self.leaves_by_model.items() if m != model}
         return msgspec.structs.replace(self, models=self.models - {model}, leaves_by_model=rest)

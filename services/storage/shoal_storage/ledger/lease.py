@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 import msgspec
 
 from shoal_common.messages.storage import LeaseState
+from shoal_common.names import ModelId
 
 MAX_LEASES = 256
 """Per node; it runs a few stages and what people start by hand."""
@@ -18,7 +19,7 @@ class ModelLease(msgspec.Struct, frozen=True):
     """A holder's use of a model (`org/name@commit`), with a view of its own."""
 
     id: str
-    model: str
+    model: ModelId
     holder: str
     instance: str
     since_s: float

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Set
 from typing import Final
 
 from shoal_common.messages.manifest import Manifest
+from shoal_common.names import ModelId
 from shoal_common.store import leaf_set
 from shoal_storage.ledger.arrivals import Arrivals
 from shoal_storage.ledger.blob_volumes import BlobVolumes
@@ -44,17 +45,17 @@ class Ledger:
     """Files with a blob's name that somebody put there. They count as used and become blobs once hashed."""
     corrupt: Final[Mapping[str, BlobFileStat]]
     """Those of them that did not hash to their name, with their stat at that time."""
-    manifests: Final[Mapping[str, Manifest]]
+    manifests: Final[Mapping[ModelId, Manifest]]
     """Manifests of complete models, by `org/name@commit`."""
-    incomplete: Final[Mapping[str, Manifest]]
+    incomplete: Final[Mapping[ModelId, Manifest]]
     """Manifests of incomplete models: never published; their remaining blobs wait for a repair or an `rm`."""
-    deleting: Final[Mapping[str, Manifest]]
+    deleting: Final[Mapping[ModelId, Manifest]]
     """Manifests, in `tombs/`, of models whose deletion failed half-way: not here, and not all gone."""
     quarantined: Final[Set[str]]
     """Corrupt blobs in quarantine that are still wanted."""
     repairable: Final[Mapping[str, int]]
     """Of those, the blobs that can be repaired by leaf: bytes on disk that are reused, by sha256."""
-    shards: Final[Mapping[str, Shard]]
+    shards: Final[Mapping[ModelId, Shard]]
     """Verified shards, by `org/name@commit`. Their reservations stay."""
     sha256_by_git_name: Final[Mapping[str, str]]
     """The sha256 of each committed blob that was named by git's sha1: `git-<sha1>` to sha256."""
@@ -72,12 +73,12 @@ class Ledger:
         self.redundant_copies = self._redundant_copies = dict[str, dict[str, int]]()
         self.unverified = self._unverified = dict[str, BlobFileStat]()
         self.corrupt = self._corrupt = dict[str, BlobFileStat]()
-        self.manifests = self._manifests = dict[str, Manifest]()
-        self.incomplete = self._incomplete = dict[str, Manifest]()
-        self.deleting = self._deleting = dict[str, Manifest]()
+        self.manifests = self._manifests = dict[ModelId, Manifest]()
+        self.incomplete = self._incomplete = dict[ModelId, Manifest]()
+        self.deleting = self._deleting = dict[ModelId, Manifest]()
         self.quarantined = self._quarantined = set[str]()
         self.repairable = self._repairable = dict[str, int]()
-        self.shards = self._shards = dict[str, Shard]()
+        self.shards = self._shards = dict[ModelId, Shard]()
         self.sha256_by_git_name = self._sha256_by_git_name = dict[str, str]()
         self.arrivals = Arrivals(self._volumes, self._forget_volume_of)
         self.libraries, self.uses = LibraryModels(), ModelUses()
@@ -97,24 +98,24 @@ class Ledger:
         return self._store_missing
 
     @property
-    def stored_manifests(self) -> dict[str, Manifest]:
+    def stored_manifests(self) -> dict[ModelId, Manifest]:
         """Every manifest in the store, of complete and incomplete models."""
         return {**self._manifests, **self._incomplete}
 
     @property
-    def local_manifests(self) -> dict[str, Manifest]:
+    def local_manifests(self) -> dict[ModelId, Manifest]:
         """The models that can be pinned, used and removed: those in the store, and those with a shard here."""
         return {**{m: part.manifest for m, part in self._shards.items()}, **self.stored_manifests}
 
     @property
-    def offered_library_models(self) -> dict[str, LibraryModel]:
+    def offered_library_models(self) -> dict[ModelId, LibraryModel]:
         """The library models, except those that the store has too."""
         return {
             m: a for m, a in self.libraries.models.items() if m not in self._manifests and m not in self._incomplete
         }
 
     @property
-    def complete_manifests(self) -> dict[str, Manifest]:
+    def complete_manifests(self) -> dict[ModelId, Manifest]:
         """The manifests of all complete models that this node offers."""
         return {**{m: a.manifest for m, a in self.offered_library_models.items()}, **self._manifests}
 
@@ -133,7 +134,7 @@ class Ledger:
         """Whether every file of a manifest is a blob of the right size, in the store or in a library."""
         return all(self.blob_size(f.sha256) == f.size_bytes for f in manifest.files)
 
-    def is_shard_settled(self, model: str) -> bool:
+    def is_shard_settled(self, model: ModelId) -> bool:
         """Whether a model has a shard here and nothing more of it is reserved."""
         part = self._shards.get(model)
         return part is not None and all(
@@ -191,7 +192,7 @@ class Ledger:
         copies = self._redundant_copies.pop(blob, {})
         return self._discard_blob(blob) + sum(copies.values())
 
-    def mark_missing(self, blobs: Iterable[str], also_in_libraries: bool = False) -> list[str]:
+    def mark_missing(self, blobs: Iterable[str], also_in_libraries: bool = False) -> list[ModelId]:
         """Drop blobs whose file is gone, replaced or corrupt. Returns the models that are incomplete now."""
         for blob in set(blobs):
             self._discard_blob(blob)
@@ -245,7 +246,7 @@ class Ledger:
         self._unverified.pop(blob, None)
         self._forget_volume_of(blob)
 
-    def quarantine(self, blob: str) -> list[str]:
+    def quarantine(self, blob: str) -> list[ModelId]:
         """Move a corrupt blob to quarantine. Returns the models that are incomplete now."""
         self._quarantined.add(blob)
         self._repairable.pop(blob, None)
@@ -265,7 +266,7 @@ class Ledger:
         self._repairable.pop(blob, None)
         self._forget_volume_of(blob)
 
-    def detach_volume(self, volume_id: str) -> list[str]:
+    def detach_volume(self, volume_id: str) -> list[ModelId]:
         """Drop what a missing volume holds, or let a copy elsewhere take its place. Returns models incomplete now."""
 
         def here(blobs: Iterable[str]) -> list[str]:
@@ -308,7 +309,7 @@ class Ledger:
         self._deleting.pop(manifest.model, None)  # it is here again: a start deletes the tombstone
         self._incomplete[manifest.model] = manifest
 
-    def drop_manifest(self, model: str) -> None:
+    def drop_manifest(self, model: ModelId) -> None:
         """Drop a model whose manifest is gone. Its blobs stay."""
         self._manifests.pop(model, None)
         self._incomplete.pop(model, None)
@@ -319,11 +320,11 @@ class Ledger:
         self.add_manifest(manifest)
         self._manifests[manifest.model] = self._incomplete.pop(manifest.model)
 
-    def mark_incomplete(self, model: str) -> None:
+    def mark_incomplete(self, model: ModelId) -> None:
         """Make a complete model incomplete: it cannot be offered. `mark_complete` tries it again."""
         self._incomplete[model] = self._manifests.pop(model)
 
-    def mark_complete(self) -> list[str]:
+    def mark_complete(self) -> list[ModelId]:
         """Make incomplete models complete once all their blobs are present; return them, `org/name@commit`.
 
         Models being downloaded are left out: the download seals them as its own last step.
@@ -337,17 +338,17 @@ class Ledger:
             self._manifests[model] = self._incomplete.pop(model)
         return completed
 
-    def _mark_incomplete_models(self) -> list[str]:
+    def _mark_incomplete_models(self) -> list[ModelId]:
         lost = sorted(model for model, manifest in self._manifests.items() if not self.is_complete(manifest))
         for model in lost:
             self.mark_incomplete(model)
         return lost
 
-    def recompute_completeness(self) -> tuple[list[str], list[str]]:
+    def recompute_completeness(self) -> tuple[list[ModelId], list[ModelId]]:
         """After library blobs came or went: return the models that are incomplete now, and those complete now."""
         return self._mark_incomplete_models(), self.mark_complete()
 
-    def begin_deletion(self, model: str) -> Manifest | None:
+    def begin_deletion(self, model: ModelId) -> Manifest | None:
         """Move a model out of the store's models. Returns its manifest, also if its deletion began earlier."""
         manifest = self.stored_manifests.get(model)
         if manifest is not None:
@@ -360,7 +361,7 @@ class Ledger:
         if manifest.model not in self.stored_manifests:
             self._deleting[manifest.model] = manifest
 
-    def end_deletion(self, model: str) -> None:
+    def end_deletion(self, model: ModelId) -> None:
         """Drop a model whose deletion is complete."""
         self._deleting.pop(model, None)
 
@@ -368,6 +369,6 @@ class Ledger:
         """Add a verified shard, or replace the model's."""
         self._shards[shard.manifest.model] = shard
 
-    def drop_shard(self, model: str) -> None:
+    def drop_shard(self, model: ModelId) -> None:
         """Drop a shard: the model is complete, or is deleted."""
         self._shards.pop(model, None)

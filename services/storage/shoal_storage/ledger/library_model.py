@@ -9,6 +9,7 @@ import msgspec
 
 from shoal_common.messages import WireStruct
 from shoal_common.messages.manifest import Manifest
+from shoal_common.names import ModelId
 from shoal_storage.ledger.entries import replace_entries
 
 
@@ -53,7 +54,7 @@ class LibraryModel(msgspec.Struct, frozen=True):
     """sha256 by `git-<sha1>`, for files with both hashes known."""
 
 
-def blob_files(models: Mapping[str, LibraryModel]) -> dict[str, LibraryFile]:
+def blob_files(models: Mapping[ModelId, LibraryModel]) -> dict[str, LibraryFile]:
     """Return the blobs of these models, by sha256, each with one file that has its bytes."""
     files: dict[str, LibraryFile] = {}
     for _, model in sorted(models.items()):
@@ -65,7 +66,7 @@ def blob_files(models: Mapping[str, LibraryModel]) -> dict[str, LibraryFile]:
 class LibraryModels:
     """The models of all libraries. Present, but not part of the store: no quota, never garbage, never victims."""
 
-    models: Final[Mapping[str, LibraryModel]]
+    models: Final[Mapping[ModelId, LibraryModel]]
     """By `org/name@commit`."""
     blobs: Final[Mapping[str, LibraryFile]]
     """Their blobs, by sha256, each with one file that has its bytes."""
@@ -73,11 +74,11 @@ class LibraryModels:
     """The sha256 of blobs with both hashes known: `git-<sha1>` to sha256."""
 
     def __init__(self) -> None:
-        self.models = self._models = dict[str, LibraryModel]()
+        self.models = self._models = dict[ModelId, LibraryModel]()
         self.blobs = self._blobs = dict[str, LibraryFile]()
         self.sha256_by_git_name = self._sha256_by_git_name = dict[str, str]()
 
-    def set_models(self, models: Mapping[str, LibraryModel]) -> None:
+    def set_models(self, models: Mapping[ModelId, LibraryModel]) -> None:
         """Set the models, replacing all earlier ones."""
         sha256_by_git_name = dict[str, str]()
         for _, model in sorted(models.items()):

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from shoal_common.messages.manifest import Manifest
 from shoal_common.models.layer_tensors import check_layers, covers
-from shoal_common.names import ModelRef
+from shoal_common.names import ModelId, ModelRef, commit_of, repo_of
 from shoal_storage.ledger.entries import Shard
 from shoal_storage.ledger.ledger import Ledger
 
@@ -26,7 +26,7 @@ def referenced_blobs(ledger: Ledger, ignored: Iterable[str] = ()) -> set[str]:
     return needed
 
 
-def blobs_of_model(model: str, ledger: Ledger) -> set[str]:
+def blobs_of_model(model: ModelId, ledger: Ledger) -> set[str]:
     """Return every blob, present or arriving, that is here for a model."""
     manifest = ledger.stored_manifests.get(model) or ledger.deleting.get(model)
     blobs = set(manifest.blob_sizes) if manifest else set()
@@ -34,12 +34,12 @@ def blobs_of_model(model: str, ledger: Ledger) -> set[str]:
     return blobs | {b for b, p in ledger.arrivals.partials.items() if model in p.models}
 
 
-def blobs_freed_by(model: str, ledger: Ledger) -> list[str]:
+def blobs_freed_by(model: ModelId, ledger: Ledger) -> list[str]:
     """Return the blobs that only this model needs: those that deleting it deletes."""
     return sorted(blobs_of_model(model, ledger) - referenced_blobs(ledger, ignored=[model]))
 
 
-def bytes_of_paused_models(ledger: Ledger) -> dict[str, int]:
+def bytes_of_paused_models(ledger: Ledger) -> dict[ModelId, int]:
     """Return the bytes held for each paused model: its reservations, and present blobs that only it needs."""
     result = {}
     for model in sorted(ledger.arrivals.paused_models & ledger.arrivals.models):
@@ -59,13 +59,13 @@ def leftover_blobs(deleted: Manifest, ledger: Ledger) -> list[str]:
     return sorted({b for b in deleted.blob_sizes if b in ledger.blobs} - referenced_blobs(ledger))
 
 
-def arriving_models(repo: str, revision: str, ledger: Ledger) -> list[str]:
+def arriving_models(repo: str, revision: str, ledger: Ledger) -> list[ModelId]:
     """Return the models of a repo (`org/name@commit`) that have a reservation and are not complete.
 
     The branch they were requested under is not known here: a revision matches by commit only.
     """
-    wanted = {m for m in ledger.arrivals.models if m.rpartition("@")[0] == repo and m not in ledger.manifests}
-    return sorted(m for m in wanted if revision in ("", m.rpartition("@")[2]))
+    wanted = {m for m in ledger.arrivals.models if repo_of(m) == repo and m not in ledger.manifests}
+    return sorted(m for m in wanted if revision in ("", commit_of(m)))
 
 
 def matching_manifests(repo: str, revision: str, manifests: Iterable[Manifest]) -> list[Manifest]:

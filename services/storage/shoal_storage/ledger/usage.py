@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import msgspec
 
 from shoal_common.messages.instances import InstanceSpec
+from shoal_common.names import ModelId
 from shoal_storage.ledger.lease import ModelLease, describe_holder
 
 _MAX_NAMED = 10
@@ -21,13 +22,15 @@ class ModelUser(msgspec.Struct, frozen=True):
     """Whether it is about to end by itself: a stage of a stopped instance."""
 
 
-def users_of(specs: Iterable[InstanceSpec], leases: Iterable[ModelLease], node: str) -> dict[str, list[ModelUser]]:
+def users_of(
+    specs: Iterable[InstanceSpec], leases: Iterable[ModelLease], node: str
+) -> dict[ModelId, list[ModelUser]]:
     """Return the users of each model in use on a node.
 
     An instance with a stage on the node is represented by the leases of its stages, once these have any.
     """
     placed = {s.id: s for s in specs if any(stage.node == node for stage in s.stages)}
-    users: dict[str, list[ModelUser]] = {}
+    users: dict[ModelId, list[ModelUser]] = {}
     leased = set[tuple[str, str]]()
     for lease in sorted(leases, key=lambda x: (x.since_s, x.id)):
         leased.add((lease.model, lease.instance))

@@ -7,37 +7,38 @@ from typing import Final
 
 from msgspec import structs
 
+from shoal_common.names import ModelId
 from shoal_storage.ledger.lease import ModelLease
 
 
 class ModelUses:
     """The pins, live leases and last uses of a store's models (`org/name@commit`)."""
 
-    pinned: Final[Set[str]]
+    pinned: Final[Set[ModelId]]
     """Models that people pinned."""
     leases: Final[Mapping[str, ModelLease]]
     """Live leases, by id."""
-    last_uses: Final[Mapping[str, float]]
+    last_uses: Final[Mapping[ModelId, float]]
     """Time of each model's last use, in Unix seconds; for one never used, when it arrived."""
 
     def __init__(self) -> None:
-        self.pinned = self._pinned = set[str]()
+        self.pinned = self._pinned = set[ModelId]()
         self.leases = self._leases = dict[str, ModelLease]()
-        self.last_uses = self._last_uses = dict[str, float]()
+        self.last_uses = self._last_uses = dict[ModelId, float]()
 
-    def pin(self, model: str) -> None:
+    def pin(self, model: ModelId) -> None:
         """Record that a model is pinned."""
         self._pinned.add(model)
 
-    def unpin(self, model: str) -> None:
+    def unpin(self, model: ModelId) -> None:
         """Record that a model is not pinned."""
         self._pinned.discard(model)
 
-    def record_use(self, model: str, used_s: float) -> None:
+    def record_use(self, model: ModelId, used_s: float) -> None:
         """Record when a model was used; at first, when it arrived."""
         self._last_uses[model] = used_s
 
-    def forget_use(self, model: str) -> None:
+    def forget_use(self, model: ModelId) -> None:
         """Forget when a deleted model was used."""
         self._last_uses.pop(model, None)
 

@@ -15,7 +15,7 @@ import msgspec
 from shoal_common.errors import BadName, ShoalError
 from shoal_common.messages import decode
 from shoal_common.messages.manifest import Manifest, ManifestFile
-from shoal_common.names import LOCAL_REVISION, ModelRef, check_commit, check_file_path
+from shoal_common.names import LOCAL_REVISION, ModelId, ModelRef, check_commit, check_file_path
 from shoal_common.store.store_paths import FORMAT_VERSION, StorePaths
 from shoal_storage.admission.manifest_check import check_manifest
 from shoal_storage.ledger.library_model import FileStat, LibraryFile, LibraryModel, VerifiedFile
@@ -70,7 +70,7 @@ class RecognizedModels(msgspec.Struct):
 class AcceptanceResult(msgspec.Struct):
     """Which library models are offered, wait for hashing, or are refused."""
 
-    accepted: dict[str, LibraryModel] = {}
+    accepted: dict[ModelId, LibraryModel] = {}
     """By `org/name@commit`."""
     waiting: list[ModelCandidate] = []
     refused: dict[str, str] = {}
@@ -274,7 +274,7 @@ def _read_store(listing: LibraryListing, paths: list[str], result: RecognizedMod
         try:
             manifest = decode(listing.texts.get(path, b""), Manifest)
             check_manifest(manifest)
-            if not manifest.sealed or path != store_paths.manifest(manifest.repo, manifest.commit).as_posix():
+            if not manifest.sealed or path != store_paths.manifest(manifest.model).as_posix():
                 raise _NotAModel(f"it is the manifest of {manifest.model}, unsealed or misplaced")
             files = tuple(_stored_file(listing, store_paths, f) for f in manifest.files)
         except (ShoalError, _NotAModel) as e:

@@ -16,6 +16,7 @@ from shoal_common.errors import ShoalError
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages.manifest import Manifest
 from shoal_common.messages.storage import LibraryState
+from shoal_common.names import ModelId
 from shoal_storage.context import StorageContext
 from shoal_storage.files.real_path import resolve_path
 from shoal_storage.integrity.blob_check import VerificationResult
@@ -70,7 +71,7 @@ class LibraryService:
         """Directories whose files cannot be hashed or recorded, with the error; tried again after the next scan."""
         self._needed_paths: frozenset[str] = frozenset()
         """Absolute paths of the files of models that wait for hashing."""
-        self._offered_earlier: set[str] = set()
+        self._offered_earlier: set[ModelId] = set()
         """Models marked as offered by an earlier process."""
         self._recorded: dict[str, LibraryFile] = {}
         self._unsaved, self._saved_s = False, 0.0
@@ -116,7 +117,7 @@ class LibraryService:
             self._drop_obsolete_hashes()
             await self._update()
 
-    async def handle_bad_blob(self, sha256: str, checked: VerificationResult | None) -> list[str]:
+    async def handle_bad_blob(self, sha256: str, checked: VerificationResult | None) -> list[ModelId]:
         """Handle a library blob that is corrupt, or gone (None); return the models that this makes incomplete."""
         before = set(self._ledger.complete_manifests)
         file = self._ledger.libraries.blobs.get(sha256)
@@ -262,7 +263,7 @@ class LibraryService:
                 await self._context.publishing.publish_soon()
         self._hash_now.set()
 
-    async def _apply(self, accepted: dict[str, LibraryModel]) -> None:
+    async def _apply(self, accepted: dict[ModelId, LibraryModel]) -> None:
         """Unpublish and offer library models, then update the store's: one model in each hold of the section."""
         ledger = self._ledger
         async with self._context.section as held:
@@ -286,7 +287,7 @@ class LibraryService:
     def _uses_libraries(self, manifest: Manifest) -> bool:
         return not all(blob in self._ledger.blobs for blob in manifest.blob_sizes)
 
-    async def _link(self, held: Held, model: str, is_completed: bool) -> None:
+    async def _link(self, held: Held, model: ModelId, is_completed: bool) -> None:
         """Link the view of a model of the store that uses files of libraries: they may be others now."""
         held.require()
         manifest = self._ledger.manifests.get(model)
@@ -301,7 +302,7 @@ class LibraryService:
             self._context.publishing.notify(model)
             log.info("model is complete again, with files of a library", model=model)
 
-    async def _withdraw(self, model: str) -> None:
+    async def _withdraw(self, model: ModelId) -> None:
         async with self._context.section as held:
             held.require()
             in_store = model in self._ledger.stored_manifests
@@ -310,10 +311,10 @@ class LibraryService:
         log.warning("library model is gone or has changed", model=model)
         await self._context.events.emit("library_model_removed", model=model)
 
-    async def _offer(self, new_models: dict[str, LibraryModel]) -> None:
+    async def _offer(self, new_models: dict[ModelId, LibraryModel]) -> None:
         """Offer new library models, except those the store cannot record: its disk may be full."""
         # Recorded before the ledger has them: who finds a model there finds its files.
-        failed: dict[str, OSError] = {}
+        failed: dict[ModelId, OSError] = {}
         try:
             await self._record_locations(new_models)
         except OSError as e:
@@ -350,7 +351,7 @@ class LibraryService:
         ledger.libraries.set_models({**ledger.libraries.models, model: library_model})
         self._context.publishing.notify(model)
 
-    async def _record_locations(self, new_models: Mapping[str, LibraryModel]) -> None:
+    async def _record_locations(self, new_models: Mapping[ModelId, LibraryModel]) -> None:
         """Record where each library blob is; delete all other records."""
         blobs = blob_files({**self._ledger.libraries.models, **new_models})
         if blobs != self._recorded or not blobs:

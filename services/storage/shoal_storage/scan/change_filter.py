@@ -76,9 +76,7 @@ def _manifest_differs(layout: VolumePaths, ledger: Ledger, path: Path) -> bool:
         return any(_manifest_differs(layout, ledger, p) for p in path.iterdir() if not p.name.startswith("."))
     if not os.path.lexists(path):
         parts = path.relative_to(layout.manifests).parts
-        missing = [
-            m for m in ledger.stored_manifests.values() if layout.manifest(m.repo, m.commit).is_relative_to(path)
-        ]
+        missing = [m for m in ledger.stored_manifests.values() if layout.manifest(m.model).is_relative_to(path)]
         return bool(missing) or not parts or _may_be_counted_foreign(ledger, relative)
     try:
         manifest = read_manifest(layout, path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from shoal_common.messages.manifest import Manifest
+from shoal_common.names import ModelId
 from shoal_storage.ledger.entries import BlobFileStat, ForeignFiles
 from shoal_storage.ledger.ledger import Ledger
 from shoal_storage.scan.scanner import StoreScan
@@ -25,11 +26,11 @@ class StoreDiff(msgspec.Struct, frozen=True):
     """All blobs that are present more than once."""
     unverified_gone: set[str]
     """Unverified files that are gone."""
-    removed_models: set[str]
+    removed_models: set[ModelId]
     """Models whose manifest is gone."""
-    changed_manifests: dict[str, Manifest]
+    changed_manifests: dict[ModelId, Manifest]
     """Manifests that are new or changed."""
-    unlinked_models: set[str]
+    unlinked_models: set[ModelId]
     """Complete models with view files that are missing or are not the blobs."""
     foreign: ForeignFiles
 
@@ -39,7 +40,7 @@ class StoreDiff(msgspec.Struct, frozen=True):
         return {*self.lost_blobs, *self.unverified, *self.moved_blobs, *self.unverified_gone, *self.redundant_copies}
 
     @property
-    def changed_models(self) -> set[str]:
+    def changed_models(self) -> set[ModelId]:
         """The models that differ from the ledger in anything."""
         return {*self.removed_models, *self.changed_manifests, *self.unlinked_models}
 
@@ -60,9 +61,9 @@ class StoreDiff(msgspec.Struct, frozen=True):
 class DiffResult(msgspec.Struct, frozen=True):
     """Models (`org/name@commit`) affected by an update of the ledger."""
 
-    lost_models: list[str]
+    lost_models: list[ModelId]
     """Complete before, and now incomplete or gone."""
-    found_models: list[str]
+    found_models: list[ModelId]
     """Complete now, and before incomplete, absent or with another manifest."""
 
 

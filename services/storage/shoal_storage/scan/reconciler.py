@@ -10,6 +10,7 @@ import msgspec
 
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages.manifest import Manifest
+from shoal_common.names import ModelId
 from shoal_storage.context import StorageContext
 from shoal_storage.integrity.consequences import drop_obsolete_quarantine, instances_using
 from shoal_storage.ledger.references import manifests_with_blob
@@ -27,7 +28,7 @@ log = StructuredLogger("storage")
 class ModelChanges(msgspec.Struct):
     """Models (`org/name@commit`) that are lost or found, to be reported once the section has been left."""
 
-    lost: list[str] = []
+    lost: list[ModelId] = []
     found: list[Manifest] = []
 
 
@@ -115,7 +116,9 @@ class StoreReconciler:
         completed = self._ledger.mark_complete()
         return await self.settle(held, [], completed) if completed else ModelChanges()
 
-    async def settle(self, held: Held, lost_models: Iterable[str], found_models: Iterable[str]) -> ModelChanges:
+    async def settle(
+        self, held: Held, lost_models: Iterable[ModelId], found_models: Iterable[ModelId]
+    ) -> ModelChanges:
         """Have lost models unpublished, and found ones published once their views are built. Then `report` these."""
         await drop_obsolete_quarantine(held, self._context)
         changes = ModelChanges(lost=list(lost_models))
@@ -139,7 +142,7 @@ class StoreReconciler:
             await events.emit("model_found", model=manifest.model, size_bytes=manifest.size_bytes)
             log.info("model found on disk", model=manifest.model, size_bytes=manifest.size_bytes)
 
-    async def _link(self, held: Held, model: str) -> bool:
+    async def _link(self, held: Held, model: ModelId) -> bool:
         held.require()
         try:
             await asyncio.to_thread(link_view, self._store, self._ledger.manifests[model])

@@ -13,7 +13,8 @@ import msgspec
 from shoal_common.errors import BadName, ShoalError
 from shoal_common.messages import decode
 from shoal_common.messages.manifest import Manifest
-from shoal_common.store.store_paths import StorePaths, model_from_directory
+from shoal_common.names import ModelId
+from shoal_common.store.store_paths import StorePaths, model_file_name, model_from_directory, model_from_file_name
 from shoal_storage.admission.manifest_check import check_manifest
 from shoal_storage.files.blob_stat import blob_file_stat, entries_of, files_of, is_blob_name, list_blobs
 from shoal_storage.files.volume_paths import VolumePaths
@@ -33,11 +34,11 @@ class StoreScan(msgspec.Struct):
     on the volume where the ledger has the blob."""
     redundant_copies: dict[str, dict[str, int]] = msgspec.field(default_factory=dict)
     """Bytes of the other verified copies, by volume id."""
-    manifests: dict[str, Manifest] = msgspec.field(default_factory=dict)
+    manifests: dict[ModelId, Manifest] = msgspec.field(default_factory=dict)
     """By `org/name@commit`."""
-    unreadable_models: set[str] = msgspec.field(default_factory=set)
+    unreadable_models: set[ModelId] = msgspec.field(default_factory=set)
     """Models whose manifest exists but cannot be read now: nothing is concluded about them."""
-    unlinked_models: set[str] = msgspec.field(default_factory=set)
+    unlinked_models: set[ModelId] = msgspec.field(default_factory=set)
     """Models with a view file that is not its blob, although the blob is present."""
     foreign: ForeignFiles = msgspec.field(default_factory=ForeignFiles)
 
@@ -56,12 +57,12 @@ def read_manifest(layout: StorePaths, path: Path) -> Manifest:
     """Read a manifest and check it like one from outside, its place included. Raises ShoalError, OSError."""
     manifest = decode(path.read_bytes(), Manifest)
     check_manifest(manifest)
-    if not manifest.sealed or path != layout.manifest(manifest.repo, manifest.commit):
+    if not manifest.sealed or path != layout.manifest(manifest.model):
         raise BadName(f"it is the manifest of {manifest.model}, unsealed or misplaced")
     return manifest
 
 
-def rescan(layout: VolumePaths, scan: StoreScan, blobs: Iterable[str], models: Iterable[str]) -> None:
+def rescan(layout: VolumePaths, scan: StoreScan, blobs: Iterable[str], models: Iterable[ModelId]) -> None:
     """Update a scan by the present state of these blobs and models (`org/name@commit`). Raises OSError."""
     for sha256 in blobs:
         scan.blobs.pop(sha256, None)
@@ -75,12 +76,11 @@ def rescan(layout: VolumePaths, scan: StoreScan, blobs: Iterable[str], models: I
         if copies:
             _choose_copy(layout, scan, sha256, copies)
     for model in models:
-        repo, _, commit = model.rpartition("@")
         scan.manifests.pop(model, None)
         scan.unreadable_models.discard(model)
         scan.unlinked_models.discard(model)
         try:
-            scan.manifests[model] = manifest = read_manifest(layout, layout.manifest(repo, commit))
+            scan.manifests[model] = manifest = read_manifest(layout, layout.manifest(model))
         except (ShoalError, FileNotFoundError, NotADirectoryError, IsADirectoryError):
             continue
         except OSError:
@@ -175,7 +175,7 @@ class _Scanner:
 
     def _scan_views(self) -> None:
         paths, result = self._layout, self.result
-        views: dict[str, set[str]] = {}
+        views: dict[ModelId, set[str]] = {}
         library_models = {entry.name for entry in entries_of(paths.library_models)}
         for directory in entries_of(paths.views):
             if not directory.is_dir(follow_symlinks=False):
@@ -187,7 +187,7 @@ class _Scanner:
                 except BadName:
                     self._count_foreign(Path(entry.path))
                     continue
-                if model not in result.manifests and f"{directory.name}@{entry.name}" in library_models:
+                if model not in result.manifests and model_file_name(model) in library_models:
                     continue  # links into a library, which `libraries/service.py` maintains
                 if model not in result.unreadable_models:
                     views[model] = self._scan_view(Path(entry.path), result.manifests.get(model))
@@ -249,9 +249,8 @@ def _is_temporary(name: str) -> bool:
 
 
 def _is_model_name(name: str) -> bool:
-    directory, _, commit = name.rpartition("@")
     try:
-        model_from_directory(directory, commit)
+        model_from_file_name(name)
     except BadName:
         return False
     return True

@@ -115,7 +115,7 @@ def delete_copy(store: Store, sha256: str, volume_id: str) -> None:
 def seal_model(store: Store, manifest: Manifest) -> None:
     """Build the view, then write the manifest: from then on the model is present (I2)."""
     link_view(store, manifest)
-    path = store.layout.manifest(manifest.repo, manifest.commit)
+    path = store.layout.manifest(manifest.model)
     make_directory(path.parent)
     replace_file(path, encode(manifest))
 

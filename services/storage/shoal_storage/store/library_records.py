@@ -16,8 +16,9 @@ from pathlib import Path
 from shoal_common.errors import BadMessage, BadName
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages import WireStruct, decode, encode
+from shoal_common.names import ModelId
 from shoal_common.store.blob_lookup import LibraryBlob
-from shoal_common.store.store_paths import StorePaths, model_from_directory
+from shoal_common.store.store_paths import StorePaths, model_from_file_name
 from shoal_storage.files.atomic_file import replace_file
 from shoal_storage.ledger.library_model import LibraryFile, LibraryModel, VerifiedFile
 
@@ -70,10 +71,9 @@ def record_locations(layout: StorePaths, changed: Mapping[str, LibraryFile], blo
         new_path.replace(path)
 
 
-def mark_offered(layout: StorePaths, model: str) -> bool:
+def mark_offered(layout: StorePaths, model: ModelId) -> bool:
     """Mark a library model as offered, before building its view, which startup would delete. Return whether new."""
-    repo, _, commit = model.rpartition("@")
-    marker = layout.library_model(repo, commit)
+    marker = layout.library_model(model)
     is_new = not marker.exists()
     if is_new:
         marker.parent.mkdir(parents=True, exist_ok=True)
@@ -84,12 +84,12 @@ def mark_offered(layout: StorePaths, model: str) -> bool:
 def build_view(layout: StorePaths, library_model: LibraryModel) -> None:
     """Build the view of a library model."""
     manifest = library_model.manifest
-    view = layout.view(manifest.repo, manifest.commit)
+    view = layout.view(manifest.model)
     targets = {
         str(layout.view_file(manifest, f.path)): library_model.files[f.path].absolute_path for f in manifest.files
     }
     if _links_below(view) != targets:
-        _remove_view(layout, manifest.repo, manifest.commit)
+        _remove_view(layout, manifest.model)
         for link, target in targets.items():
             Path(link).parent.mkdir(parents=True, exist_ok=True)
             Path(link).symlink_to(target)
@@ -104,17 +104,16 @@ def _links_below(view: Path) -> dict[str, str]:
     return targets
 
 
-def unmark_offered(layout: StorePaths, model: str, with_view: bool) -> None:
+def unmark_offered(layout: StorePaths, model: ModelId, with_view: bool) -> None:
     """Unmark a library model; delete its view too (`with_view`) unless the store has the model itself."""
-    repo, _, commit = model.rpartition("@")
     if with_view:
-        _remove_view(layout, repo, commit)
-    layout.library_model(repo, commit).unlink(missing_ok=True)
+        _remove_view(layout, model)
+    layout.library_model(model).unlink(missing_ok=True)
 
 
-def _remove_view(layout: StorePaths, repo: str, commit: str) -> None:
-    view = layout.view(repo, commit)
-    trash = layout.tombstones / f"{os.urandom(6).hex()}-{commit}"
+def _remove_view(layout: StorePaths, model: ModelId) -> None:
+    view = layout.view(model)
+    trash = layout.tombstones / f"{os.urandom(6).hex()}-{view.name}"
     with suppress(FileNotFoundError):
         view.replace(trash)
         shutil.rmtree(trash)
@@ -122,12 +121,11 @@ def _remove_view(layout: StorePaths, repo: str, commit: str) -> None:
         view.parent.rmdir()
 
 
-def offered_models(layout: StorePaths) -> list[str]:
-    """Return the library models (`org/name@commit`) that are marked as offered."""
+def offered_models(layout: StorePaths) -> list[ModelId]:
+    """Return the library models that are marked as offered."""
     models = []
     with suppress(FileNotFoundError):
         for path in layout.library_models.iterdir():
-            directory, _, commit = path.name.rpartition("@")
             with suppress(BadName):
-                models.append(model_from_directory(directory, commit))
+                models.append(model_from_file_name(path.name))
     return models

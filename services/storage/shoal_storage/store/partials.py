@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from shoal_common.errors import Corrupt, Unavailable
 from shoal_common.messages import WireStruct, encode
+from shoal_common.names import ModelId
 from shoal_common.store import leaf_set
 from shoal_common.store.bitmap import Bitmap
 from shoal_common.store.leaf_set import from_bitmap
@@ -23,8 +24,8 @@ class PartialMeta(WireStruct):
     """`partial/<blob>/meta.json`: the reservation of a partial blob."""
 
     size_bytes: int
-    models: list[str]
-    leaves: dict[str, list[list[int]]] = {}
+    models: list[ModelId]
+    leaves: dict[ModelId, list[list[int]]] = {}
     """The leaves wanted by each model that does not want the whole blob, `[first, last)` each."""
 
 
@@ -60,7 +61,7 @@ def has_partial(store: Store, blob: str) -> bool:
 
 
 def write_partial(
-    store: Store, blob: str, size_bytes: int, models: Iterable[str], wanted: Mapping[str, int] | None = None
+    store: Store, blob: str, size_bytes: int, models: Iterable[ModelId], wanted: Mapping[ModelId, int] | None = None
 ) -> None:
     """Make a partial blob's directory, or change which models reserve it, and which leaves each wants."""
     store.require_volume(blob)

@@ -13,30 +13,30 @@ from pathlib import Path
 from shoal_common.errors import ShoalError
 from shoal_common.messages import decode
 from shoal_common.messages.manifest import Manifest
+from shoal_common.names import ModelId
 from shoal_storage.files.atomic_file import fsync_path
 from shoal_storage.store.commit import delete_blob
 from shoal_storage.store.store import Store
 from shoal_storage.store.views import delete_view
 
 
-def begin_delete(store: Store, repo: str, commit: str) -> None:
+def begin_delete(store: Store, model: ModelId) -> None:
     """Move a model's manifest into tombs/: the model is gone, and `finish_delete` deletes the rest of it.
 
     Raises OSError, or Unavailable if the store is missing; then nothing has changed. Absent already is fine.
     """
     store.require_present()
     with suppress(FileNotFoundError):
-        store.layout.manifest(repo, commit).replace(store.layout.tombstone(repo, commit))
+        store.layout.manifest(model).replace(store.layout.tombstone(model))
 
 
-def finish_delete(store: Store, repo: str, commit: str, blobs: Iterable[str]) -> None:
+def finish_delete(store: Store, model: ModelId, blobs: Iterable[str]) -> None:
     """Delete the rest of a model without a manifest, and the blobs that only it needs.
 
     Absent already is fine. After an OSError its tombstone remains; call this again.
     """
-    path, view, tombstone = (
-        path_of(repo, commit) for path_of in (store.layout.manifest, store.layout.view, store.layout.tombstone)
-    )
+    paths = store.layout
+    path, view, tombstone = paths.manifest(model), paths.view(model), paths.tombstone(model)
     # Also if it was absent: an earlier attempt may have failed here.
     fsync_path(store.layout.tombstones)
     with suppress(FileNotFoundError):

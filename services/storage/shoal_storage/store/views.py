@@ -31,7 +31,7 @@ _NO_HARD_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP)
 
 def build_view(layout: StorePaths, manifest: Manifest) -> None:
     """Build or repair a model's public view."""
-    link_files(layout, {f.path: f.sha256 for f in manifest.files}, layout.view(manifest.repo, manifest.commit))
+    link_files(layout, {f.path: f.sha256 for f in manifest.files}, layout.view(manifest.model))
 
 
 def link_files(layout: StorePaths, files: Mapping[str, str], view: Path, arriving: Container[str] = ()) -> None:
