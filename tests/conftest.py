@@ -18,7 +18,7 @@ from tests.harness.fresh import Fresh
 from tests.harness.nats import NatsServer
 from tests.harness.ports import held_closed
 
-pytest_plugins = ("tests.harness.strict_skips", "tests.harness.unit_guard")
+pytest_plugins = ("tests.harness.order", "tests.harness.strict_skips", "tests.harness.unit_guard")
 
 TEST_DEADLINE_S = 120.0
 _LONG_FIRST = ("cluster", "service", "hub", "harness", "unit", "docs", "tests")
