@@ -43,9 +43,9 @@ else
 test: lint types run-tests
 endif
 
-# Tests wait more than they compute: one worker more than cores. A file's tests share servers, and so one worker; the
+# Tests wait more than they compute: two workers more than cores. A file's tests share servers, and so one worker; the
 # files stay in the order of tests/conftest.py, long ones first.
-TEST_WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min((os.cpu_count() or 1) + 1, 8))')
+TEST_WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min((os.cpu_count() or 1) + 2, 8))')
 
 run-tests: setup
 	@scripts/system-packages.sh test
