@@ -44,7 +44,7 @@ test: lint types run-tests
 endif
 
 # Tests wait more than they compute: two workers more than cores. A file's tests share servers, and so one worker; the
-# files stay in the order of tests/conftest.py, long ones first.
+# files stay in the order of tests/harness/order.py.
 TEST_WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min((os.cpu_count() or 1) + 2, 8))')
 
 run-tests: setup

@@ -21,7 +21,6 @@ from tests.harness.ports import held_closed
 pytest_plugins = ("tests.harness.order", "tests.harness.strict_skips", "tests.harness.unit_guard")
 
 TEST_DEADLINE_S = 120.0
-_LONG_FIRST = ("cluster", "service", "hub", "harness", "unit", "docs", "tests")
 
 # No rule is broken by a slow machine: Hypothesis would take 200 ms for an example as a failure.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -30,11 +29,6 @@ settings.load_profile("any machine")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # So a shell starts what runs in the background; all that tests start would be deaf to Ctrl-C with us.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run what takes longest first: at the end every worker has something short to do."""
-    items.sort(key=lambda item: _LONG_FIRST.index(next(p for p in reversed(item.path.parts) if p in _LONG_FIRST)))
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
