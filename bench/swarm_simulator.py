@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from shoal_common.concurrency.backoff import Backoff
 from shoal_common.store.bitmap import LEAF_BYTES
@@ -69,8 +69,8 @@ class Simulation:
         self.nodes = {f"s{n}": Node(f"s{n}", link, leaf_count, True) for n, link in enumerate(sources)}
         self.nodes |= {f"n{n}": Node(f"n{n}", link, leaf_count, False) for n, link in enumerate(fetchers)}
         self._unfinished = len(fetchers)
+        self._link(self.nodes)
         for node in self.nodes.values():
-            node.neighbours = [self.nodes[name] for name in sorted(neighbours(node.name, self.nodes, BLOB))]
             self._at(node.link.joins_s, self._join, node)
             if node.link.dies_s is not None:
                 self._at(node.link.dies_s, self._die, node)
@@ -112,10 +112,21 @@ class Simulation:
             self._at(self.now_s + GOSSIP_INTERVAL_S * self.draw.random(), self._gossip, node)
             self._decide_soon(node)
 
+    def _link(self, names: Collection[str]) -> None:
+        """Let each of these nodes gossip with those that the swarm's overlay gives it."""
+        for name in names:
+            self.nodes[name].neighbours = [self.nodes[other] for other in sorted(neighbours(name, names, BLOB))]
+
     def _die(self, node: Node) -> None:
         node.there = False
         if not node.source and node.finished_s is None:
             self._unfinished -= 1
+        before = {n.name: set(n.neighbours) for n in self.nodes.values()}
+        self._link([n.name for n in self.nodes.values() if n.there or n.link.joins_s > self.now_s])
+        for one in self.nodes.values():
+            for other in one.neighbours:
+                if other not in before[one.name] and one.there and other.there:
+                    self._soon(self._hear, one, other.name, other.have, other.source)
         for transfer in list(node.giving):
             self._soon(self._break, transfer)
         for transfer in list(node.runs):

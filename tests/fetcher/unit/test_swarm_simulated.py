@@ -98,6 +98,12 @@ def test_I7_survivors_finish_despite_deaths_stalls_and_losses(
     assert not outcome.unfinished
 
 
+@pytest.mark.parametrize("survivor", range(20))
+def test_I7_a_node_whose_neighbours_have_all_died_finishes(survivor: int) -> None:
+    others = [Link() if n == survivor else Link(dies_s=0.1) for n in range(20)]
+    assert not Simulation([Link()], others, leaf_count=LEAVES, seed=1).run(DEADLINE_S).unfinished
+
+
 @settings(max_examples=25)
 @given(st.integers(2, 8), st.integers(0, 2**16), st.floats(0.1, 3.0), st.booleans())
 def test_I7_a_dead_or_stalled_source_is_no_loss_with_another(count: int, seed: int, at_s: float, dies: bool) -> None:
