@@ -51,9 +51,9 @@ run-tests: setup
 	@scripts/system-packages.sh test
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS) tests/$(SERVICE)
 
-# No test below `unit` starts a process: as many workers as cores, and each test goes to whichever is free.
+# No test below `unit` starts a process: each goes to whichever worker is free. More than cores, since some wait.
 test-unit: setup
-	$(BIN)/python -m pytest -n auto --dist worksteal $(PYTEST_ARGS) $(wildcard tests/*/unit)
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal $(PYTEST_ARGS) $(wildcard tests/*/unit)
 
 # What takes long: all cases of what `make test` samples. The last results are in docs/test-long.md.
 test-long: setup
