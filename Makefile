@@ -84,8 +84,8 @@ chaos: setup
 	SHOAL_CHAOS_LONGEST_S=$(CHAOS_LONGEST_S) $(BIN)/python -m pytest tests/cluster/test_chaos.py
 
 docs: setup
-	$(BIN)/python scripts/protocol_fields.py
-	$(BIN)/python scripts/settings_tables.py
+	$(BIN)/python -m scripts.protocol_fields
+	$(BIN)/python -m scripts.settings_tables
 
 bench: $(VENV)/.bench
 	@scripts/system-packages.sh bench

@@ -11,7 +11,6 @@ import importlib
 import inspect
 import pkgutil
 import re
-import sys
 import types
 import typing
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from scripts.generated_page import update
 from shoal_common import messages
 from shoal_common.messages import WireStruct
 from shoal_common.messages.envelope import Command
@@ -209,15 +209,7 @@ def sections() -> dict[str, str]:
 
 def main() -> None:
     """Rewrite the page, or with `--check` only compare it."""
-    old = new = PAGE.read_text()
-    for section, text in sections().items():
-        start, end = f"<!-- fields:{section} -->\n", "<!-- /fields -->"
-        before, rest = new.split(start)
-        new = f"{before}{start}\n{text}\n\n{end}{rest.partition(end)[2]}"
-    if "--check" not in sys.argv[1:]:
-        PAGE.write_text(new)
-    elif new != old:
-        raise SystemExit("docs/protocol.md does not match the messages: run `make docs`")
+    update(PAGE, "fields", sections(), "the messages")
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
+from scripts.generated_page import update
 from shoal_common.settings.declaration import Section, Setting, settings_of
 from shoal_common.settings.node import InferenceSettings, PortSettings, StorageSettings
 from shoal_gateway.settings import GatewayTimeouts
@@ -62,15 +62,8 @@ def render(settings: list[Setting]) -> str:
 
 def main() -> None:
     """Rewrite the page, or with `--check` only compare it."""
-    old = new = PAGE.read_text()
-    for section, settings in all_settings().items():
-        start, end = f"<!-- settings:{section or 'environment'} -->\n", "<!-- /settings -->"
-        before, rest = new.split(start)
-        new = f"{before}{start}\n{render(settings)}\n\n{end}{rest.partition(end)[2]}"
-    if "--check" not in sys.argv[1:]:
-        PAGE.write_text(new)
-    elif new != old:
-        raise SystemExit("docs/settings.md does not match the declared settings: run `make docs`")
+    tables = {section or "environment": render(settings) for section, settings in all_settings().items()}
+    update(PAGE, "settings", tables, "the declared settings")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ PAGE = ROOT / "docs" / "protocol.md"
 
 
 def test_the_field_tables_match_the_messages() -> None:
-    command = [sys.executable, "scripts/protocol_fields.py", "--check"]
+    command = [sys.executable, "-m", "scripts.protocol_fields", "--check"]
     done = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
 

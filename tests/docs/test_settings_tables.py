@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_the_settings_tables_match_the_declarations() -> None:
-    command = [sys.executable, "scripts/settings_tables.py", "--check"]
+    command = [sys.executable, "-m", "scripts.settings_tables", "--check"]
     done = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
 
