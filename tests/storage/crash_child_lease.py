@@ -1,12 +1,8 @@
-"""Create two leases and end one, in a process of its own that may be killed anywhere; print each step once done.
-
-python -m tests.storage.crash_child_lease STORE, where org/stays is complete already
-"""
+"""Create two leases and end one, for a process that may be killed anywhere; print each step once done."""
 
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 from tests.storage.crash_child_model import STAYS
@@ -19,7 +15,7 @@ def report(what: str) -> None:
 
 
 def main(root: Path) -> None:
-    """Create, create, end."""
+    """Create, create, end, in a store where org/stays is complete already."""
     store = StoreFixture(root)
     first = store.lease(STAYS, "first")
     report("made first")
@@ -27,7 +23,3 @@ def main(root: Path) -> None:
     report("made second")
     assert store.end(first)
     report("ended first")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -1,12 +1,8 @@
-"""A model's whole life in a store, in a process of its own that may be killed anywhere; prints what it acknowledges.
-
-python -m tests.storage.lifecycle STORE [VOLUME, where the blobs go then]
-"""
+"""A model's whole life in a store, for a process that may be killed anywhere; prints what it acknowledges."""
 
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 from shoal_common.store.bitmap import LEAF_BYTES
@@ -46,7 +42,3 @@ def main(root: Path, volume: Path | None = None) -> None:
     acknowledge("deleted", LEAVES.name)
     for blob in store.reserve(COMES):
         acknowledge("reserved", blob)
-
-
-if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))

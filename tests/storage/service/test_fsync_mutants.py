@@ -34,11 +34,11 @@ def lived(directory: Path, left_out: str = "", has_volume: bool = False) -> list
     return seam.events
 
 
-def survivors(tmp_path: Path, sites: list[str], has_volume: bool) -> set[str]:
+def survivors(in_memory: Path, sites: list[str], has_volume: bool) -> set[str]:
     """The places whose missing fsync was not detected."""
     found = set()
     for number, site in enumerate(sites):
-        root = tmp_path / f"mutant-{number}"
+        root = in_memory / f"mutant-{number}"
         if not any(violations(str(root), lived(root, site, has_volume), has_volume)):
             found.add(without_lines(site))
     return found
@@ -50,27 +50,27 @@ def fsyncs(events: list[Call | tuple[str, str]]) -> set[str]:
 
 
 @pytest.mark.parametrize("has_volume", [False, True])
-def test_I6_I1_I2_the_store_is_durable_on_the_strictest_disk(tmp_path: Path, has_volume: bool) -> None:
-    events = lived(tmp_path / "whole", has_volume=has_volume)
+def test_I6_I1_I2_the_store_is_durable_on_the_strictest_disk(in_memory: Path, has_volume: bool) -> None:
+    events = lived(in_memory / "whole", has_volume=has_volume)
     assert len([e for e in events if isinstance(e, Call)]) > 200
-    assert not list(violations(str(tmp_path / "whole"), events, has_volume))
+    assert not list(violations(str(in_memory / "whole"), events, has_volume))
 
 
-def test_every_omitted_fsync_is_detected(tmp_path: Path) -> None:
-    sites = fsyncs(lived(tmp_path / "whole"))
+def test_every_omitted_fsync_is_detected(in_memory: Path) -> None:
+    sites = fsyncs(lived(in_memory / "whole"))
     assert len(sites) >= 25, sites
-    assert survivors(tmp_path, sorted(sites), has_volume=False) == REDUNDANT
+    assert survivors(in_memory, sorted(sites), has_volume=False) == REDUNDANT
 
 
-def test_every_omitted_fsync_of_a_volume_is_detected(tmp_path: Path) -> None:
-    alone = {without_lines(site) for site in fsyncs(lived(tmp_path / "alone"))}
-    sites = fsyncs(lived(tmp_path / "whole", has_volume=True))
+def test_every_omitted_fsync_of_a_volume_is_detected(in_memory: Path) -> None:
+    alone = {without_lines(site) for site in fsyncs(lived(in_memory / "alone"))}
+    sites = fsyncs(lived(in_memory / "whole", has_volume=True))
     assert len({without_lines(site) for site in sites} - alone) >= 5, sites
-    assert survivors(tmp_path, sorted(sites), has_volume=True) == REDUNDANT | REDUNDANT_ON_VOLUMES
+    assert survivors(in_memory, sorted(sites), has_volume=True) == REDUNDANT | REDUNDANT_ON_VOLUMES
 
 
-def test_bytes_synced_only_after_their_rename_are_detected(tmp_path: Path) -> None:
-    events = lived(tmp_path / "whole")
+def test_bytes_synced_only_after_their_rename_are_detected(in_memory: Path) -> None:
+    events = lived(in_memory / "whole")
     durable = next(n for n, e in enumerate(events) if isinstance(e, Call) and "verify_partial" in e.site)
     named = next(
         n
@@ -79,4 +79,4 @@ def test_bytes_synced_only_after_their_rename_are_detected(tmp_path: Path) -> No
     )
     assert durable < named
     events.insert(named, events.pop(durable))
-    assert any("I1" in reason for reason in violations(str(tmp_path / "whole"), events))
+    assert any("I1" in reason for reason in violations(str(in_memory / "whole"), events))

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -18,26 +15,14 @@ import pytest
 from shoal_common.store.store_paths import StorePaths
 from shoal_storage.leases import lease_files
 from shoal_storage.ledger.lease import LOCK_DEADLINE_S
-from tests.harness.process import source_path
+from tests.harness.straced import Ended, straced
+from tests.storage import crash_child_lease
 from tests.storage.crash_child_model import STAYS
 from tests.storage.service.test_store_kills import CHANGES
 from tests.storage.store_fixtures import StoreFixture, check_invariants, files_below, files_of
 
 CALLS = [*CHANGES, "openat", "ioctl", "flock", "fchmod", "utimensat", "symlink"]
-DEADLINE_S = 60
 _CALL = re.compile(r"^(?:\d+ +)?(\w+)\(")
-
-
-def live(root: Path, *strace: str) -> subprocess.CompletedProcess[str]:
-    """A life of leases under strace."""
-    return subprocess.run(
-        ["strace", "-f", "-qq", "-y", *strace, sys.executable, "-m", "tests.storage.crash_child_lease", str(root)],
-        env={"PATH": os.environ["PATH"], "PYTHONPATH": source_path(), "PYTHONDONTWRITEBYTECODE": "1"},
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE_S,
-    )
 
 
 def test_the_next_start_has_complete_leases_and_cleans_dead_ones(tmp_path: Path) -> None:
@@ -85,7 +70,7 @@ class Points:
         self._directory = directory
         StoreFixture(directory / "whole").bring_in(STAYS)
         root, trace, calls = self._fresh("traced"), directory / "trace", ",".join(f"?{c}" for c in CALLS)
-        ended = live(root, "-o", str(trace), "-e", f"trace={calls}")
+        ended = self._live(root, "-o", str(trace), "-e", f"trace={calls}")
         assert ended.returncode == 0, ended.stderr
         paths, counts = StorePaths(root), Counter[str]()
         self.all: list[tuple[str, int]] = []
@@ -95,17 +80,22 @@ class Points:
                 if str(paths.leases) in line or str(paths.tombstones) in line:
                     self.all.append((match.group(1), counts[match.group(1)]))
 
+    def _live(self, root: Path, *strace: str) -> Ended:
+        directory = self._directory / f"output-{root.name}"
+        directory.mkdir()
+        return straced(strace, directory, crash_child_lease.main, root)
+
     def _fresh(self, name: str) -> Path:
         shutil.copytree(self._directory / "whole", self._directory / name)
         return self._directory / name
 
-    def hit(self, points: list[tuple[str, int]], how: str) -> Iterator[subprocess.CompletedProcess[str]]:
+    def hit(self, points: list[tuple[str, int]], how: str) -> Iterator[Ended]:
         """Run a life for each point, in which that call fails, and check what the next start finds."""
 
-        def one(point: tuple[str, int]) -> tuple[Path, subprocess.CompletedProcess[str]]:
+        def one(point: tuple[str, int]) -> tuple[Path, Ended]:
             call, n = point
             at = self._fresh(f"{call}-{n}")
-            return at, live(at, "-o", "/dev/null", "-e", f"trace={call}", "-e", f"inject={call}:{how}:when={n}")
+            return at, self._live(at, "-o", "/dev/null", "-e", f"trace={call}", "-e", f"inject={call}:{how}:when={n}")
 
         with ThreadPoolExecutor(2) as two:
             for point, (at, ended) in zip(points, two.map(one, points), strict=True):
@@ -117,16 +107,16 @@ class Points:
 
 
 @NO_STRACE
-def test_I6_a_kill_at_any_call_of_a_lease_leaves_nothing(tmp_path: Path) -> None:
-    points = Points(tmp_path)
+def test_I6_a_kill_at_any_call_of_a_lease_leaves_nothing(in_memory: Path) -> None:
+    points = Points(in_memory)
     assert len(points.all) > 40, points.all
     for ended in points.hit(points.all, "signal=SIGKILL"):
         assert ended.returncode != 0, "it was never reached"
 
 
 @NO_STRACE
-def test_I6_a_full_disk_refuses_a_lease_and_nothing_stays_behind(tmp_path: Path) -> None:
-    points = Points(tmp_path)
+def test_I6_a_full_disk_refuses_a_lease_and_nothing_stays_behind(in_memory: Path) -> None:
+    points = Points(in_memory)
     refused = [point for point in points.all if point[0] in ("write", "ioctl")]
     assert {call for call, _ in refused} == {"write", "ioctl"}
     reported = ["No space left" in ended.stderr for ended in points.hit(refused, "error=ENOSPC")]

@@ -161,18 +161,18 @@ class Cuts:
 @pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.long)])
 @pytest.mark.parametrize(("kind", "has_volume"), [("ext4", False), ("xfs", False), ("ext4", True)])
 def test_I6_I1_I2_a_power_cut_at_any_moment_loses_nothing_acked(
-    tmp_path: Path, kind: str, has_volume: bool, every: int
+    in_memory: Path, kind: str, has_volume: bool, every: int
 ) -> None:
     if reason := _can_mount(kind):
         pytest.skip(f"power cuts on {kind} are NOT tested here: {reason}")
-    cuts, wrong = Cuts(kind, tmp_path, has_volume).run(every)
+    cuts, wrong = Cuts(kind, in_memory, has_volume).run(every)
     assert not wrong, "\n".join(wrong)
     assert cuts > 240 // every
 
 
 @pytest.mark.parametrize("left_out", ["verify_partial", "commit_blob", "replace_file_unsynced", "replace_file"])
-def test_power_cuts_are_effective_against_a_store_without_fsync(tmp_path: Path, left_out: str) -> None:
+def test_power_cuts_are_effective_against_a_store_without_fsync(in_memory: Path, left_out: str) -> None:
     if reason := _can_mount("ext4"):
         pytest.skip(f"power cuts are NOT tested here: {reason}")
-    _, wrong = Cuts("ext4", tmp_path).run(10**9, left_out)
+    _, wrong = Cuts("ext4", in_memory).run(10**9, left_out)
     assert wrong

@@ -5,12 +5,10 @@ strace kills the process as it enters its n-th call of a kind, for every n that 
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,7 +17,9 @@ import pytest
 
 from shoal_common.names import model_id
 from shoal_common.store.store_paths import StorePaths
-from tests.harness.process import source_path
+from tests.harness.memory_directory import directory_in_memory
+from tests.harness.straced import Ended, straced
+from tests.storage import crash_child_model
 from tests.storage.crash_child_model import COMES, LEAVES, STAYS
 from tests.storage.store_fixtures import StoreFixture, check_invariants, files_below, files_of
 
@@ -36,7 +36,6 @@ CHANGES = [
     "write",
     "pwrite64",
 ]
-DEADLINE_S = 30
 _CALL = re.compile(r"^(?:\d+ +)?(\w+)\(")
 _NO_STRACE = "no strace on this machine: kills at every change are NOT tested here"
 pytestmark = pytest.mark.skipif(shutil.which("strace") is None, reason=_NO_STRACE)
@@ -64,36 +63,19 @@ class Life(msgspec.Struct, frozen=True):
         return StorePaths(self.volume_path or self.store_path)
 
 
-def live(life: Life, *strace: str) -> subprocess.CompletedProcess[str]:
+def live(life: Life, *strace: str) -> Ended:
     """Run a model's life under strace."""
-    return subprocess.run(
-        [
-            "strace",
-            "-f",
-            "-qq",
-            "-y",
-            "-s",
-            "400",
-            *strace,
-            sys.executable,
-            "-m",
-            "tests.storage.crash_child_model",
-            *map(str, filter(None, (life.store_path, life.volume_path))),
-        ],
-        env={"PATH": os.environ["PATH"], "PYTHONPATH": source_path(), "PYTHONDONTWRITEBYTECODE": "1"},
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE_S,
-    )
+    return straced(strace, life.directory, crash_child_model.main, life.store_path, life.volume_path)
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["store", "volume"])
-def uninterrupted_life(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Life, list[str]]:
+def uninterrupted_life(request: pytest.FixtureRequest) -> Iterator[tuple[Life, list[str]]]:
     """Every change of an uninterrupted life, in order, with the paths."""
-    life = Life(tmp_path_factory.mktemp("life"), request.param)
+    with directory_in_memory() as directory:
+        yield _uninterrupted_life(Life(directory, request.param))
+
+
+def _uninterrupted_life(life: Life) -> tuple[Life, list[str]]:
     calls, trace = ",".join(f"?{c}" for c in CHANGES), life.directory / "trace"
     ended = live(life, "-o", str(trace), "-e", f"trace={calls}")
     assert ended.returncode == 0, ended.stderr
@@ -133,18 +115,17 @@ def start_after(life: Life, acknowledged: list[str]) -> None:
     assert here - {f"volumes/{identity}" for identity in store.disk.volumes} == files_of(STAYS, COMES)
 
 
-@pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.long)])
 def test_I6_I1_I2_a_kill_at_any_change_loses_nothing_acked(
-    tmp_path: Path, uninterrupted_life: tuple[Life, list[str]], every: int
+    in_memory: Path, uninterrupted_life: tuple[Life, list[str]]
 ) -> None:
     full_life, calls = uninterrupted_life
     counts = Counter(match.group(1) for line in calls if (match := _CALL.match(line)))
     assert counts.total() > 100, counts
-    points = [(call, n) for call, count in counts.items() for n in range(1, count + 1, every)]
+    points = [(call, n) for call, count in counts.items() for n in range(1, count + 1)]
 
     def kill_at(point: tuple[str, int]) -> tuple[Life, list[str]]:
         call, n = point
-        life = Life(tmp_path / f"{call}-{n}", full_life.has_volume)
+        life = Life(in_memory / f"{call}-{n}", full_life.has_volume)
         life.directory.mkdir()
         inject = f"inject={call}:signal=SIGKILL:when={n}"
         ended = live(life, "-o", "/dev/null", "-e", f"trace={call}", "-e", inject)
@@ -200,8 +181,8 @@ def test_I6_nothing_is_acknowledged_before_it_is_durable(uninterrupted_life: tup
     assert acknowledged == 12
 
 
-def test_bytes_whose_fsync_failed_are_corrupt_despite_another(tmp_path: Path) -> None:
-    life = Life(tmp_path, has_volume=False)
+def test_bytes_whose_fsync_failed_are_corrupt_despite_another(in_memory: Path) -> None:
+    life = Life(in_memory, has_volume=False)
     blob = STAYS.manifest.files[0].blob
     data = life.blobs.partial(blob) / "data"
     ended = live(life, "-o", "/dev/null", "-P", str(data), "-e", "trace=fsync", "-e", "inject=fsync:error=EIO:when=1")

@@ -1,0 +1,78 @@
+"""Run a function under strace, in a process of its own that has the code imported already.
+
+A matrix of kills runs hundreds of short lives: importing the code for each, under strace, would take longer than the
+lives. So each is forked from a process that has imported it, and strace attaches before it begins.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import msgspec
+
+DEADLINE_S = 60.0
+_context = multiprocessing.get_context("forkserver")
+
+
+class Ended(msgspec.Struct, frozen=True):
+    """How a traced process ended: its exit code (negative: a signal's number), output, and errors."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def straced(options: tuple[str, ...], directory: Path, life: Callable[..., None], *arguments: object) -> Ended:
+    """Run `life(*arguments)` under strace with these options; its output goes to files in `directory`.
+
+    `life` must be a module's function. Safe to call from several threads.
+    """
+    _context.set_forkserver_preload([life.__module__])
+    output, errors = directory / "stdout", directory / "stderr"
+    ours, its = _context.Pipe()
+    process = _context.Process(target=_live, args=(its, str(output), str(errors), life, arguments))
+    process.start()
+    its.close()
+    assert process.pid is not None
+    try:
+        assert ours.poll(DEADLINE_S), "the process did not start"
+        ours.recv()
+        with _attached(process.pid, options) as strace:
+            ours.send("begin")
+            process.join(DEADLINE_S)
+            assert process.exitcode is not None, f"{life.__module__} did not end"
+            strace.wait(DEADLINE_S)
+    finally:
+        process.kill()
+        process.join()
+        ours.close()
+    return Ended(process.exitcode, output.read_text(), errors.read_text())
+
+
+def _attached(pid: int, options: tuple[str, ...]) -> subprocess.Popen[str]:
+    strace = subprocess.Popen(
+        ["strace", "-f", "-y", "-s", "400", *options, "-p", str(pid)], stderr=subprocess.PIPE, text=True
+    )
+    assert strace.stderr is not None
+    told = strace.stderr.readline()
+    if not told.endswith("attached\n"):
+        strace.kill()
+        raise AssertionError(f"strace could not attach: {told}{strace.communicate()[1]}")
+    return strace
+
+
+def _live(
+    started: Connection, output: str, errors: str, life: Callable[..., None], arguments: tuple[object, ...]
+) -> None:
+    for path, descriptor in ((output, 1), (errors, 2)):
+        opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        os.dup2(opened, descriptor)
+        os.close(opened)
+    started.send("ready")
+    started.recv()
+    life(*arguments)  # from here on every call is the life's own
