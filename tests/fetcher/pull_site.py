@@ -148,16 +148,22 @@ class Pulls:
     async def no_lease_is_left(self) -> None:
         """Wait until all origin leases are released."""
 
+        held: list[str] = []
+
         async def none() -> bool:
             keys = await self.here.js.streams_info()
             assert keys
             info = await self.here.js.stream_info("KV_lease", subjects_filter=">")
+            held.clear()
             for subject in info.state.subjects or {}:
-                if await self.buckets.lease.get(subject.removeprefix("$KV.lease.")) is not None:
-                    return False
-            return True
+                if entry := await self.buckets.lease.get(subject.removeprefix("$KV.lease.")):
+                    held.append(f"{entry.key} {entry.value!r} {entry.revision}")
+            return not held
 
-        await eventually(none, "no lease is held")
+        try:
+            await eventually(none, "no lease is held")
+        except AssertionError as e:
+            raise AssertionError(f"{e}: {held}") from None
 
     async def manifest(self, node: str, model: str = "") -> Manifest:
         """Return the manifest of a ready model, from the disk."""

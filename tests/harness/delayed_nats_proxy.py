@@ -1,4 +1,4 @@
-"""A proxy to a server that can delay what a client sends, as a network may, and deliver it later."""
+"""A proxy to a server that can delay what a client or the server sends, as a network may, and deliver it later."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ _CHUNK_BYTES = 1 << 16
 
 
 class Held:
-    """What clients send is delivered while `flows` is set; what the server sends always is."""
+    """What clients send is delivered while `flows` is set, and what the server sends while `answers` is."""
 
     def __init__(self, port: int) -> None:
         self._port = port
         self.flows = asyncio.Event()
         self.flows.set()
+        self.answers = asyncio.Event()
+        self.answers.set()
         self.on_bytes: Callable[[bytes], None] = lambda _: None
         """Called with what arrives, before anything is answered."""
         self.url = ""
@@ -30,7 +32,7 @@ class Held:
         with suppress(OSError, asyncio.CancelledError):
             there, back = await asyncio.open_connection("127.0.0.1", self._port)
             try:
-                await asyncio.gather(self._forward(reader, back), _copy(there, writer))
+                await asyncio.gather(self._forward(reader, back), self._answer(there, writer))
             finally:
                 back.close()
         writer.close()
@@ -52,11 +54,11 @@ class Held:
         while chunk := await reader.read(_CHUNK_BYTES):
             self._waiting += chunk
 
-
-async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    while chunk := await reader.read(_CHUNK_BYTES):
-        writer.write(chunk)
-        await writer.drain()
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while chunk := await reader.read(_CHUNK_BYTES):
+            await self.answers.wait()
+            writer.write(chunk)
+            await writer.drain()
 
 
 @asynccontextmanager

@@ -92,6 +92,23 @@ async def held_over_a_slow_network(server: NatsServer, key: str) -> AsyncIterato
         yield network, holder
 
 
+async def test_a_taker_cancelled_before_the_answer_leaves_no_lease(nats: NatsServer, fresh: Fresh) -> None:
+    key = fresh("taken")
+    async with (
+        joined(nats) as here,
+        delayed_nats_proxy(nats.url) as network,
+        connected([network.url], "slow") as slow,
+    ):
+        network.answers.clear()
+        taker = asyncio.create_task(acquire(Buckets(slow.js).lease, key, "node-a", "uid-a"))
+        await eventually(lambda: here.buckets.lease.get(key), "the lease is granted")
+        ending = asyncio.create_task(cancel_and_wait(taker))
+        network.answers.set()
+        await ending
+        assert taker.cancelled()
+        assert await here.buckets.lease.get(key) is None
+
+
 async def test_a_cancelled_holder_releases_over_a_slow_network(nats: NatsServer, fresh: Fresh) -> None:
     key = fresh("slow")
     async with joined(nats) as here, held_over_a_slow_network(nats, key) as (network, holder):

@@ -86,7 +86,21 @@ class ClusterLease:
 async def acquire(bucket: Bucket, key: str, node: str, uid: str) -> ClusterLease | None:
     """Take a lease; return None if it is held. A predecessor on this node hands over at once: liveness allows one
     process per node and service, so a lease of this node with another uid has no holder.
+
+    A caller that is cancelled leaves no lease behind: the server may have granted it before its answer arrives.
     """
+    taking = asyncio.ensure_future(_acquire(bucket, key, node, uid))
+    try:
+        return await asyncio.shield(taking)
+    except asyncio.CancelledError:
+        with suppress(TimeoutError, Unavailable, NatsError):
+            async with asyncio.timeout(_RELEASE_TIMEOUT_S):
+                if lease := await taking:
+                    await lease.release()
+        raise
+
+
+async def _acquire(bucket: Bucket, key: str, node: str, uid: str) -> ClusterLease | None:
     value = LeaseValue(node=node, uid=uid)
     sent_s = time.monotonic()
     revision = await bucket.create(key, value, LEASE_TTL_S)
