@@ -157,7 +157,7 @@ class Pulls:
             held.clear()
             for subject in info.state.subjects or {}:
                 if entry := await self.buckets.lease.get(subject.removeprefix("$KV.lease.")):
-                    held.append(f"{entry.key} {entry.value!r} {entry.revision}")
+                    held.append(f"{subject} {entry.value!r} {entry.revision}")
             return not held
 
         try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 
+from tests.harness.forked import ForkedService
 from tests.harness.nats import NatsServer
 from tests.harness.process import node_environment
 
@@ -36,22 +36,18 @@ class RunningGateway(msgspec.Struct, frozen=True):
     url: str
     nats: NatsServer
     log: Path
-    process: subprocess.Popen[bytes]
+    process: ForkedService
 
 
 @contextmanager
 def running_gateway(home: Path, nats: NatsServer, node: str = NODE, **environment: str) -> Iterator[RunningGateway]:
-    """Run `python -m shoal_gateway` on a free port while the body runs."""
+    """Run a gateway on a free port while the body runs."""
     home.mkdir()
     (home / "node.toml").write_text(f'id = "{node}"\n{_LIMITS}')
     log = home / "gateway.log"
     with log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "shoal_gateway"],
-            env={**node_environment(home, nats.url), "SHOAL_GATEWAY_PORT": "0", **environment},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
+        environment = {**node_environment(home, nats.url), "SHOAL_GATEWAY_PORT": "0", **environment}
+        process = ForkedService("gateway", environment, output.fileno())
     try:
         address = _address(process, log)
         yield RunningGateway(f"http://127.0.0.1:{address.rpartition(':')[2]}", nats, log, process)
@@ -64,7 +60,7 @@ def running_gateway(home: Path, nats: NatsServer, node: str = NODE, **environmen
             process.wait()
 
 
-def _address(process: subprocess.Popen[bytes], log: Path) -> str:
+def _address(process: ForkedService, log: Path) -> str:
     give_up_s = time.monotonic() + START_DEADLINE_S
     while True:
         ready = _READY.search(log.read_text())

@@ -20,6 +20,7 @@ from nats.js.errors import NotFoundError
 from shoal_common.bus.keys import liveness_key
 from shoal_common.messages.liveness import LivenessRecord
 from shoal_common.store.store_paths import StorePaths
+from tests.harness.forked import ForkedService
 from tests.harness.nats import Joined, NatsServer, joined
 from tests.harness.process import is_at_work, node_environment
 from tests.harness.waiting import eventually
@@ -44,7 +45,7 @@ class ServiceProcess:
         self.within: tuple[str, ...] = ()
         """Prefix of its command: where it runs."""
         self.log_path = home / f"{service}.log"
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: subprocess.Popen[bytes] | ForkedService | None = None
         self._more: dict[str, str] = {}
         self._paused = False
 
@@ -64,6 +65,9 @@ class ServiceProcess:
         assert not self.running, f"{self.service} is running already"
         self._more, self._paused = more, False
         with self.log_path.open("ab") as output:
+            if not self.within:
+                self._process = ForkedService(self.service, {**self.environment, **more}, output.fileno())
+                return
             self._process = subprocess.Popen(
                 [*self.within, sys.executable, "-m", f"shoal_{self.service}"],
                 env={**self.environment, **more},

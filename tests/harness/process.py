@@ -13,6 +13,8 @@ from pathlib import Path
 
 import psutil
 
+from tests.harness.forked import SERVICES, ForkedService
+
 ROOT = Path(__file__).parents[2]
 LINE_DEADLINE_S = 45.0
 EXIT_DEADLINE_S = 45.0
@@ -39,7 +41,7 @@ def node_environment(home: Path, nats_url: str, **more: str) -> dict[str, str]:
     }
 
 
-def is_at_work(process: subprocess.Popen[bytes]) -> bool:
+def is_at_work(process: subprocess.Popen[bytes] | ForkedService) -> bool:
     """Return whether a child runs: it has neither ended nor been paused by a signal."""
     return process.poll() is None and not is_paused(process.pid)
 
@@ -64,15 +66,14 @@ def checked_run(
 class Process:
     """A running child process. `lines` is its output so far, stdout and stderr."""
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self._process = process
+    def __init__(self, process: asyncio.subprocess.Process | ForkedService, output: asyncio.StreamReader) -> None:
+        self._process, self._output = process, output
         self.lines: list[str] = []
         self._new_line = asyncio.Event()
         self._reading = asyncio.create_task(self._read())
 
     async def _read(self) -> None:
-        assert self._process.stdout is not None
-        async for line in self._process.stdout:
+        async for line in self._output:
             self.lines.append(line.decode(errors="replace").rstrip("\n"))
             self._new_line.set()
 
@@ -115,11 +116,22 @@ class Process:
         """Return its exit code (negative: a signal's number) once it has ended and all its lines are read."""
         try:
             async with asyncio.timeout(deadline_s):
-                code = await self._process.wait()
+                code = await self._ended()
                 await self._reading
                 return code
         except TimeoutError:
             raise AssertionError(f"pid {self.pid} has not ended in {deadline_s:.0f} s:\n{self.output}") from None
+
+    async def _ended(self) -> int:
+        if not isinstance(self._process, ForkedService):
+            return await self._process.wait()
+        loop, ended = asyncio.get_running_loop(), asyncio.Event()
+        loop.add_reader(self._process.sentinel, ended.set)
+        try:
+            await ended.wait()
+        finally:
+            loop.remove_reader(self._process.sentinel)
+        return self._process.wait()
 
     def send(self, number: signal.Signals) -> None:
         """Send a signal, unless it has ended."""
@@ -134,19 +146,35 @@ class Process:
 
 @asynccontextmanager
 async def started(*arguments: str, environment: Mapping[str, str]) -> AsyncIterator[Process]:
-    """Run `python <arguments>` while the body runs; kill it afterwards if it still runs."""
-    process = Process(
-        await asyncio.create_subprocess_exec(
-            sys.executable,
-            *arguments,
-            env=dict(environment),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-        )
-    )
+    """Run `python <arguments>` while the body runs; kill it afterwards if it still runs. A service is forked."""
+    service = arguments[1].removeprefix("shoal_") if arguments[0] == "-m" else ""
+    process = await (_fork(service, environment) if service in SERVICES else _start(arguments, environment))
     try:
         yield process
     finally:
         # No child outlives its test.
         await asyncio.shield(process.kill())
+
+
+async def _start(arguments: tuple[str, ...], environment: Mapping[str, str]) -> Process:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *arguments,
+        env=dict(environment),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    assert process.stdout is not None
+    return Process(process, process.stdout)
+
+
+async def _fork(service: str, environment: Mapping[str, str]) -> Process:
+    read_end, write_end = os.pipe()
+    process = ForkedService(service, environment, write_end)
+    os.close(write_end)
+    output = asyncio.StreamReader()
+    await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(output), os.fdopen(read_end, "rb")
+    )
+    return Process(process, output)

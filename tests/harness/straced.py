@@ -1,22 +1,19 @@
-"""Run a function under strace, in a process of its own that has the code imported already.
-
-A matrix of kills runs hundreds of short lives: importing the code for each, under strace, would take longer than the
-lives. So each is forked from a process that has imported it, and strace attaches before it begins.
-"""
+"""Run a function under strace, in a forked process of its own: strace attaches before it begins."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import subprocess
 from collections.abc import Callable
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import msgspec
 
+from tests.harness.forked import fork
+
 DEADLINE_S = 60.0
-_context = multiprocessing.get_context("forkserver")
 
 
 class Ended(msgspec.Struct, frozen=True):
@@ -32,25 +29,22 @@ def straced(options: tuple[str, ...], directory: Path, life: Callable[..., None]
 
     `life` must be a module's function. Safe to call from several threads.
     """
-    _context.set_forkserver_preload([life.__module__])
     output, errors = directory / "stdout", directory / "stderr"
-    ours, its = _context.Pipe()
-    process = _context.Process(target=_live, args=(its, str(output), str(errors), life, arguments))
-    process.start()
-    its.close()
-    assert process.pid is not None
+    here, there = Pipe()
+    process = fork(_live, there, str(output), str(errors), life, arguments)
+    there.close()
     try:
-        assert ours.poll(DEADLINE_S), "the process did not start"
-        ours.recv()
+        assert here.poll(DEADLINE_S), "the process did not start"
+        here.recv()
         with _attached(process.pid, options) as strace:
-            ours.send("begin")
+            here.send("begin")
             process.join(DEADLINE_S)
             assert process.exitcode is not None, f"{life.__module__} did not end"
             strace.wait(DEADLINE_S)
     finally:
         process.kill()
         process.join()
-        ours.close()
+        here.close()
     return Ended(process.exitcode, output.read_text(), errors.read_text())
 
 

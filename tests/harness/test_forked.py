@@ -1,0 +1,32 @@
+"""Forked services and lives behave as processes that begin with an interpreter."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.harness.forked import ForkedService
+from tests.harness.process import node_environment, started
+
+DEADLINE_S = 45
+
+
+def test_a_service_that_cannot_start_returns_its_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHOAL_NATS", "nats://127.0.0.1:1")  # of the test: a service does not see it
+    (tmp_path / "node.toml").write_text("id = [")
+    with (tmp_path / "log").open("wb") as output:
+        service = ForkedService("storage", {"SHOAL_HOME": str(tmp_path)}, output.fileno())
+    assert service.wait(DEADLINE_S) == service.returncode == 2
+    assert (tmp_path / "log").read_text().startswith("shoal storage: ")
+
+
+async def test_a_forked_service_ends_by_a_signal_with_its_lines_read(tmp_path: Path, closed_port: int) -> None:
+    environment = node_environment(tmp_path, f"nats://127.0.0.1:{closed_port}")
+    async with started("-m", "shoal_fileserver", environment=environment) as process:
+        await process.wait_line('msg="waiting for NATS"')
+        assert process.running
+        process.send(signal.SIGTERM)
+        assert await process.wait_exit() == 0
+        assert "msg=stopped" in process.lines[-1]
