@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from collections.abc import Callable
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -30,22 +31,23 @@ def straced(options: tuple[str, ...], directory: Path, life: Callable[..., None]
     `life` must be a module's function. Safe to call from several threads.
     """
     output, errors = directory / "stdout", directory / "stderr"
-    here, there = Pipe()
-    process = fork(_live, there, str(output), str(errors), life, arguments)
-    there.close()
+    parent_end, child_end = Pipe()
+    process = fork(_live, child_end, str(output), str(errors), life, arguments)
+    child_end.close()
     try:
-        assert here.poll(DEADLINE_S), "the process did not start"
-        here.recv()
-        with _attached(process.pid, options) as strace:
-            here.send("begin")
+        assert parent_end.poll(DEADLINE_S), "the process did not start"
+        parent_end.recv()
+        with _attached(process.pid, options):
+            parent_end.send("begin")
             process.join(DEADLINE_S)
-            assert process.exitcode is not None, f"{life.__module__} did not end"
-            strace.wait(DEADLINE_S)
+            exit_code = process.exitcode
+            process.kill()  # strace ends with it
     finally:
         process.kill()
         process.join()
-        here.close()
-    return Ended(process.exitcode, output.read_text(), errors.read_text())
+        parent_end.close()
+    assert exit_code is not None, f"{life.__module__} did not end within {DEADLINE_S:g} s"
+    return Ended(exit_code, output.read_text(), errors.read_text())
 
 
 def _attached(pid: int, options: tuple[str, ...]) -> subprocess.Popen[str]:
@@ -53,10 +55,10 @@ def _attached(pid: int, options: tuple[str, ...]) -> subprocess.Popen[str]:
         ["strace", "-f", "-y", "-s", "400", *options, "-p", str(pid)], stderr=subprocess.PIPE, text=True
     )
     assert strace.stderr is not None
-    told = strace.stderr.readline()
-    if not told.endswith("attached\n"):
+    message = strace.stderr.readline()
+    if not message.endswith("attached\n"):
         strace.kill()
-        raise AssertionError(f"strace could not attach: {told}{strace.communicate()[1]}")
+        raise AssertionError(f"strace could not attach: {message}{strace.communicate()[1]}")
     return strace
 
 
@@ -67,6 +69,7 @@ def _live(
         opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(opened, descriptor)
         os.close(opened)
+    sys.dont_write_bytecode = True  # the first life would make other calls than the next
     started.send("ready")
     started.recv()
     life(*arguments)  # from here on every call is the life's own
