@@ -13,7 +13,7 @@ import msgspec
 
 from tests.harness.forked import ForkedService
 from tests.harness.nats import NatsServer
-from tests.harness.process import node_environment
+from tests.harness.process import node_environment, start_service
 
 NODE = "here"
 START_DEADLINE_S = 45.0
@@ -36,7 +36,7 @@ class RunningGateway(msgspec.Struct, frozen=True):
     url: str
     nats: NatsServer
     log: Path
-    process: ForkedService
+    process: subprocess.Popen[bytes] | ForkedService
 
 
 @contextmanager
@@ -47,7 +47,7 @@ def running_gateway(home: Path, nats: NatsServer, node: str = NODE, **environmen
     log = home / "gateway.log"
     with log.open("wb") as output:
         environment = {**node_environment(home, nats.url), "SHOAL_GATEWAY_PORT": "0", **environment}
-        process = ForkedService("gateway", environment, output.fileno())
+        process = start_service("gateway", environment, output)
     try:
         address = _address(process, log)
         yield RunningGateway(f"http://127.0.0.1:{address.rpartition(':')[2]}", nats, log, process)
@@ -60,7 +60,7 @@ def running_gateway(home: Path, nats: NatsServer, node: str = NODE, **environmen
             process.wait()
 
 
-def _address(process: ForkedService, log: Path) -> str:
+def _address(process: subprocess.Popen[bytes] | ForkedService, log: Path) -> str:
     give_up_s = time.monotonic() + START_DEADLINE_S
     while True:
         ready = _READY.search(log.read_text())

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +21,7 @@ from shoal_common.messages.liveness import LivenessRecord
 from shoal_common.store.store_paths import StorePaths
 from tests.harness.forked import ForkedService
 from tests.harness.nats import Joined, NatsServer, joined
-from tests.harness.process import is_at_work, node_environment
+from tests.harness.process import is_at_work, node_environment, start_service
 from tests.harness.waiting import eventually
 
 READY_DEADLINE_S = 60.0
@@ -65,16 +64,7 @@ class ServiceProcess:
         assert not self.running, f"{self.service} is running already"
         self._more, self._paused = more, False
         with self.log_path.open("ab") as output:
-            if not self.within:
-                self._process = ForkedService(self.service, {**self.environment, **more}, output.fileno())
-                return
-            self._process = subprocess.Popen(
-                [*self.within, sys.executable, "-m", f"shoal_{self.service}"],
-                env={**self.environment, **more},
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
+            self._process = start_service(self.service, {**self.environment, **more}, output, self.within)
 
     def send(self, number: signal.Signals) -> None:
         """Send a signal, unless it has ended."""

@@ -10,6 +10,7 @@ import sys
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 import psutil
 
@@ -39,6 +40,28 @@ def node_environment(home: Path, nats_url: str, **more: str) -> dict[str, str]:
         "SHOAL_BALLAST_BYTES": "0",  # 64 MiB for every store of every test would fill a disk by themselves
         **more,
     }
+
+
+def can_be_forked(environment: Mapping[str, str]) -> bool:
+    """Return whether a service may be forked: it has no variable that Python or a library reads as it starts."""
+    return environment.get("PYTHONPATH") == source_path() and all(
+        name in ("PATH", "PYTHONPATH", "HF_ENDPOINT") or name.startswith("SHOAL_") for name in environment
+    )
+
+
+def start_service(
+    service: str, environment: Mapping[str, str], output: IO[bytes], within: tuple[str, ...] = ()
+) -> subprocess.Popen[bytes] | ForkedService:
+    """Start a service, by a fork where that makes no difference. `within` is a command that runs it by exec."""
+    if not within and can_be_forked(environment):
+        return ForkedService(service, environment, output.fileno())
+    return subprocess.Popen(
+        [*within, sys.executable, "-m", f"shoal_{service}"],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+    )
 
 
 def is_at_work(process: subprocess.Popen[bytes] | ForkedService) -> bool:
@@ -146,9 +169,10 @@ class Process:
 
 @asynccontextmanager
 async def started(*arguments: str, environment: Mapping[str, str]) -> AsyncIterator[Process]:
-    """Run `python <arguments>` while the body runs; kill it afterwards if it still runs. A service is forked."""
+    """Run `python <arguments>` while the body runs; kill it afterwards if it still runs."""
     service = arguments[1].removeprefix("shoal_") if arguments[0] == "-m" else ""
-    process = await (_fork(service, environment) if service in SERVICES else _start(arguments, environment))
+    is_forked = service in SERVICES and can_be_forked(environment)
+    process = await (_fork(service, environment) if is_forked else _start(arguments, environment))
     try:
         yield process
     finally:

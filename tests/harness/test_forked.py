@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.harness.forked import ForkedService
-from tests.harness.process import node_environment, started
+from tests.harness.process import can_be_forked, node_environment, started
 
 DEADLINE_S = 45
 
@@ -30,3 +30,10 @@ async def test_a_forked_service_ends_by_a_signal_with_its_lines_read(tmp_path: P
         process.send(signal.SIGTERM)
         assert await process.wait_exit() == 0
         assert "msg=stopped" in process.lines[-1]
+
+
+def test_a_service_with_variables_python_reads_is_not_forked(tmp_path: Path) -> None:
+    usual = node_environment(tmp_path, "nats://127.0.0.1:1", HF_ENDPOINT="http://hub", SHOAL_BIND="127.0.0.1")
+    assert can_be_forked(usual)
+    assert not can_be_forked({**usual, "PYTHONPATH": f"{tmp_path}:{usual['PYTHONPATH']}"})
+    assert not can_be_forked({**usual, "OPENBLAS_NUM_THREADS": "1"})
