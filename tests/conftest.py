@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.harness import forked
 from tests.harness.fresh import Fresh
 from tests.harness.nats import NatsServer
 from tests.harness.ports import held_closed
@@ -25,6 +26,8 @@ TEST_DEADLINE_S = 120.0
 # No rule is broken by a slow machine: Hypothesis would take 200 ms for an example as a failure.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
+
+forked.is_enabled = True
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # So a shell starts what runs in the background; all that tests start would be deaf to Ctrl-C with us.

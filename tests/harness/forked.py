@@ -2,7 +2,7 @@
 
 Tests start some thousand services and short lives; an interpreter that starts and imports a service takes longer than
 most of them then run. These are processes like any other but for that: each has its own pid, environment, and end.
-What the supervisor starts, and what is started in another namespace, begins with an interpreter as usual.
+What the supervisor starts, and what is started in another namespace or by a benchmark, begins with an interpreter.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ _PRELOADED = [
     "tests.harness.forked_last",
 ]
 _context = multiprocessing.get_context("forkserver")
+is_enabled = False
+"""Whether services are forked: `conftest.py` says so. Benchmarks measure processes as a node starts them."""
 
 
 def fork(target: Callable[..., None], *arguments: object) -> Any:

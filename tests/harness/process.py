@@ -14,6 +14,7 @@ from typing import IO
 
 import psutil
 
+from tests.harness import forked
 from tests.harness.forked import SERVICES, ForkedService
 
 ROOT = Path(__file__).parents[2]
@@ -44,9 +45,10 @@ def node_environment(home: Path, nats_url: str, **more: str) -> dict[str, str]:
 
 def can_be_forked(environment: Mapping[str, str]) -> bool:
     """Return whether a service may be forked: it has no variable that Python or a library reads as it starts."""
-    return environment.get("PYTHONPATH") == source_path() and all(
+    is_usual = environment.get("PYTHONPATH") == source_path() and all(
         name in ("PATH", "PYTHONPATH", "HF_ENDPOINT") or name.startswith("SHOAL_") for name in environment
     )
+    return forked.is_enabled and is_usual
 
 
 def start_service(
