@@ -14,8 +14,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from typing import Any
+
+import pytest
 
 SERVICES = ("storage", "fetcher", "fileserver", "placement", "inference", "gateway")
 _PRELOADED = [
@@ -30,10 +33,18 @@ is_enabled = False
 
 def fork(target: Callable[..., None], *arguments: object) -> Any:
     """Run a module's function in a forked process. Returns its `multiprocessing.Process`, started."""
-    _context.set_forkserver_preload(_PRELOADED)
+    _ensure_server()
     process = _context.Process(target=target, args=arguments)
     process.start()
     return process
+
+
+def _ensure_server() -> None:
+    # Its modules have to be those of this process: the tree's, not installed ones.
+    _context.set_forkserver_preload(_PRELOADED)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+        forkserver.ensure_running()
 
 
 class ForkedService:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness.forked import ForkedService
-from tests.harness.process import can_be_forked, node_environment, started
+from tests.harness.forked import ForkedService, fork
+from tests.harness.process import ROOT, can_be_forked, node_environment, started
 
 DEADLINE_S = 45
 
@@ -37,3 +37,14 @@ def test_a_service_with_variables_python_reads_is_not_forked(tmp_path: Path) -> 
     assert can_be_forked(usual)
     assert not can_be_forked({**usual, "PYTHONPATH": f"{tmp_path}:{usual['PYTHONPATH']}"})
     assert not can_be_forked({**usual, "OPENBLAS_NUM_THREADS": "1"})
+
+
+def test_a_forked_process_has_the_code_of_this_tree(tmp_path: Path) -> None:
+    written = tmp_path / "files"
+    modules = ("shoal_common", "shoal_storage", "shoal_gateway")
+    files = " ".join(f"{{{module}.__file__}}" for module in modules)
+    code = f"import {', '.join(modules)}\nopen({str(written)!r}, 'w').write(f'{files}')"
+    process = fork(exec, code)
+    process.join(DEADLINE_S)
+    assert process.exitcode == 0
+    assert [Path(file).is_relative_to(ROOT) for file in written.read_text().split()] == [True] * 3
