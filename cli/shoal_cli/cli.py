@@ -19,6 +19,7 @@ from shoal_cli.command_app import GroupHelp
 from shoal_cli.commands.options import GatewayOption, HomeOption
 from shoal_cli.errors import permission_denied_message, usage_message
 from shoal_common.errors import BadInput, Denied, ShoalError
+from shoal_common.redaction import redact, remember_secrets
 
 _INTERRUPTED = 130
 _COMPLETE_VARIABLE = "_SHOAL_COMPLETE"
@@ -96,6 +97,7 @@ def shoal(ctx: typer.Context, home: HomeOption = "", gateway: GatewayOption = ""
 def run(arguments: Sequence[str]) -> int:
     """Carry out a command line. Returns the exit code."""
     environ = dict(os.environ)
+    remember_secrets(environ)
     command = get_command(root)
     if environ.get(_COMPLETE_VARIABLE):
         command.main(list(arguments), prog_name="shoal")
@@ -125,5 +127,5 @@ def run(arguments: Sequence[str]) -> int:
 def _fail(error: BaseException, message: str, code: int, environ: Mapping[str, str]) -> int:
     if environ.get("SHOAL_DEBUG"):
         raise error
-    print(f"shoal: {' '.join(message.split())}", file=sys.stderr)
+    print(f"shoal: {redact(' '.join(message.split()))}", file=sys.stderr)
     return code

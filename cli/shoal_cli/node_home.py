@@ -23,6 +23,7 @@ import secrets
 from pathlib import Path
 
 from shoal_common.errors import AlreadyRunning
+from shoal_common.redaction import remember_secret
 
 _PRIVATE = 0o700
 
@@ -61,10 +62,13 @@ class Home:
 
     def read_secret(self) -> str:
         """Return the cluster's secret, or "" without one."""
-        return read_or_empty(self.secret)
+        secret = read_or_empty(self.secret)
+        remember_secret(secret)
+        return secret
 
     def write_secret(self, secret: str) -> str:
         """Write the cluster's secret so that only this user can read it (I12). Returns it."""
+        remember_secret(secret)
         new = self.secret.with_suffix(".new")
         new.unlink(missing_ok=True)
         with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as f:

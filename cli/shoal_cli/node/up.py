@@ -28,6 +28,7 @@ from shoal_common.config import ensure_node_id, read_settings_file
 from shoal_common.errors import BadInput, InternalError, from_body
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages import decode
+from shoal_common.redaction import remember_secrets
 from shoal_common.settings_file import change_settings
 
 log = StructuredLogger("supervisor")
@@ -68,6 +69,7 @@ def run_node(
     report_line: Callable[[str], None],
 ) -> None:
     """Supervise the node until it is told to stop. Raises ShoalError when it cannot start."""
+    remember_secrets({**environ, "SHOAL_NATS": ",".join(options.nats) or environ.get("SHOAL_NATS", "")})
     home = Home(Path(options.home))
     lock = RunLock(home)
     lock.acquire()

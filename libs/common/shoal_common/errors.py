@@ -36,6 +36,8 @@ from typing import Any, ClassVar
 
 import msgspec
 
+from shoal_common.redaction import redact
+
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 """errno values of a full file system; they become `DiskFull`."""
 
@@ -54,7 +56,10 @@ class ErrorBody(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
 
 
 class ShoalError(Exception):
-    """Base of every error that a person sees. `details` holds figures: JSON types, units in the names."""
+    """Base of every error that a person sees. `details` holds figures: JSON types, units in the names.
+
+    Secrets are masked in the message, which often ends with the text of a library.
+    """
 
     code: ClassVar[str] = "failed"
     retryable: ClassVar[bool] = False
@@ -62,9 +67,9 @@ class ShoalError(Exception):
     exit_code: ClassVar[int] = 1
 
     def __init__(self, message: str, /, **details: Any) -> None:
-        super().__init__(message)
-        self.message = message
-        self.details = details
+        self.message = redact(message)
+        super().__init__(self.message)
+        self.details = {name: redact(value) if isinstance(value, str) else value for name, value in details.items()}
 
     def body(self) -> ErrorBody:
         """Return this error as it crosses the wire."""
@@ -256,4 +261,4 @@ def error_body(error: BaseException) -> ErrorBody:
     """Return any exception as a body. A foreign exception is named; its trace is in the log."""
     if isinstance(error, ShoalError):
         return error.body()
-    return ErrorBody(code=InternalError.code, message=f"{type(error).__name__}: {error} (see the service's log)")
+    return InternalError(f"{type(error).__name__}: {error} (see the service's log)").body()

@@ -7,6 +7,8 @@ import sys
 import time
 from typing import Any, TextIO
 
+from shoal_common.redaction import redact
+
 _PLAIN = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.:/@+,[]{}()%*=")
 _ESCAPES = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
@@ -37,6 +39,9 @@ class _Formatter(logging.Formatter):
         self._service, self._terminal = service, terminal
 
     def format(self, record: logging.LogRecord) -> str:
+        return redact(self._format(record))
+
+    def _format(self, record: logging.LogRecord) -> str:
         fields: dict[str, Any] = getattr(record, "fields", {})
         pairs = "".join(f" {k}={quote_value(v)}" for k, v in fields.items())
         if record.exc_info:

@@ -35,6 +35,7 @@ from shoal_common.liveness.compatibility import CompatibleLiveMirror, check_clus
 from shoal_common.liveness.liveness import Liveness
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages.liveness import NodeAddress, NodeFacts
+from shoal_common.redaction import remember_secrets
 from shoal_common.rpc.command_worker import CommandHandler, CommandWorker
 from shoal_common.rpc.request_reply import RpcClient, RpcEndpoint, serve
 
@@ -177,7 +178,8 @@ async def _run(config: Config, environ: Mapping[str, str], run: Callable[[Servic
         asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
 
     async with connected(config.nats, name=f"{config.service}.{config.node}") as nats:
-        log.info("connected", nats=nats.client.connected_url.netloc if nats.client.connected_url else "")
+        url = nats.client.connected_url
+        log.info("connected", nats=f"{url.hostname}:{url.port}" if url else "")
         await ensure_streams(nats.js, config.replicas)
         await cluster_clock.sync_from_nats(nats.client)
         liveness = Liveness(Buckets(nats.js).live, config.node, config.service)
@@ -233,6 +235,7 @@ def _first_cause(error: BaseException) -> BaseException:
 def main(service: str, run: Callable[[ServiceContext], Awaitable[None]]) -> int:
     """Run a service to its end and return the exit code: 0, or that of the error that ended it."""
     environ = dict(os.environ)
+    remember_secrets(environ)
     try:
         config = read_config(service, environ)
     except ShoalError as e:

@@ -11,12 +11,15 @@ shoal.verified.bytes     counter        bytes of blobs that were hashed and made
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 from opentelemetry import context, metrics, propagate, trace
 from opentelemetry.trace import Link, Span, SpanKind, Status, StatusCode
+
+from shoal_common.redaction import redact
 
 _EXPORT_TIMEOUT_S = 2
 _tracer = trace.get_tracer("shoal")
@@ -67,9 +70,7 @@ def headers(extra: Mapping[str, str] | None = None) -> dict[str, str]:
 def sending(subject_template: str) -> Iterator[Span]:
     """Span around sending a message. The template contains no ids: `cmd.fetcher.download`."""
     attributes = {"messaging.system": "nats", "messaging.destination.name": subject_template}
-    with _tracer.start_as_current_span(
-        f"send {subject_template}", kind=SpanKind.PRODUCER, attributes=attributes
-    ) as span:
+    with _span(f"send {subject_template}", kind=SpanKind.PRODUCER, attributes=attributes) as span:
         yield span
 
 
@@ -83,7 +84,7 @@ def processing(subject_template: str, carrier: Mapping[str, str] | None, redeliv
         linked = trace.get_current_span(parent).get_span_context()
         links = [Link(linked)] if linked.is_valid else []
         parent = context.Context()
-    with _tracer.start_as_current_span(
+    with _span(
         f"process {subject_template}",
         context=parent,
         kind=SpanKind.CONSUMER,
@@ -96,13 +97,29 @@ def processing(subject_template: str, carrier: Mapping[str, str] | None, redeliv
 @contextmanager
 def trace_step(name: str, **attributes: str | int | float) -> Iterator[Span]:
     """Span around a step of work: `reserve`, `file`, `verify`. An exception marks it as failed."""
-    with _tracer.start_as_current_span(name, attributes=attributes) as span:
+    with _span(name, attributes=attributes) as span:
         yield span
+
+
+@contextmanager
+def _span(name: str, **options: Any) -> Iterator[Span]:
+    # OpenTelemetry would record an exception as it is, with whatever secret its text holds.
+    with _tracer.start_as_current_span(
+        name, record_exception=False, set_status_on_exception=False, **options
+    ) as span:
+        try:
+            yield span
+        except Exception as e:
+            text = redact(f"{type(e).__name__}: {e}")
+            stack = redact("".join(traceback.format_exception(e)))
+            span.add_event("exception", {"exception.message": text, "exception.stacktrace": stack})
+            span.set_status(Status(StatusCode.ERROR, text))
+            raise
 
 
 def mark_failed(span: Span, message: str) -> None:
     """Mark a span as failed without an exception."""
-    span.set_status(Status(StatusCode.ERROR, message))
+    span.set_status(Status(StatusCode.ERROR, redact(message)))
 
 
 def count_transferred(count: int, source: Literal["hub", "peer"], direction: Literal["in", "out"]) -> None:

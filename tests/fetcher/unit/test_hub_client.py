@@ -13,7 +13,7 @@ import pytest
 from huggingface_hub import errors, set_client_factory
 from huggingface_hub.utils._http import default_client_factory
 
-from shoal_common.errors import BadName, Denied, HubUnavailable, NotFound, ShoalError, Unsupported
+from shoal_common.errors import BadInput, BadName, Denied, HubUnavailable, NotFound, ShoalError, Unsupported
 from shoal_common.messages.manifest import Manifest, ManifestFile
 from shoal_common.names import ModelRef
 from shoal_demo.faults import Faults, RateLimit
@@ -338,6 +338,8 @@ UNUSED = {
         ({}, HubSettings()),
         ({"HF_ENDPOINT": "http://hub/"}, HubSettings(endpoint="http://hub")),
         ({"HF_TOKEN": "t"}, HubSettings(token="t")),
+        ({"HF_TOKEN": " hf_x\n"}, HubSettings(token="hf_x")),
+        ({"HF_TOKEN": "\n"}, HubSettings()),
         ({"HF_HUB_OFFLINE": "1"}, HubSettings(offline=True)),
         ({"HF_HUB_OFFLINE": "yes"}, HubSettings(offline=True)),
         ({"HF_HUB_OFFLINE": "0"}, HubSettings()),
@@ -345,6 +347,13 @@ UNUSED = {
 )
 def test_the_environment_is_read_as_huggingface_hub_reads_it(environ: dict[str, str], settings: HubSettings) -> None:
     assert HubSettings.read(environ) == settings
+
+
+@pytest.mark.parametrize("token", ["hf_x\nX-Header: y", "hf_x y", "hf_ü", "hf_x\x00"])
+def test_a_token_that_is_no_header_is_refused_unread(token: str) -> None:
+    with pytest.raises(BadInput, match="HF_TOKEN") as refused:
+        HubSettings.read({"HF_TOKEN": token})
+    assert token not in refused.value.message and "hf_" not in refused.value.message
 
 
 def test_the_tests_repositories_are_where_the_hub_reads_them(tmp_path: Path) -> None:

@@ -10,12 +10,17 @@ import hashlib
 import hmac
 from collections.abc import Mapping
 
+from shoal_common.redaction import remember_secret
+
 _UNTIL_DIGITS = 12
 
 
 def derive(secret: str, purpose: str) -> str:
     """Return the key for a purpose (`blobs`, `hub`, `activations`, `api`): HMAC-SHA256 of the purpose, as hex."""
-    return hmac.new(secret.encode(), f"shoal/v1/{purpose}".encode(), hashlib.sha256).hexdigest()
+    key = hmac.new(secret.encode(), f"shoal/v1/{purpose}".encode(), hashlib.sha256).hexdigest()
+    if "/" not in purpose:
+        remember_secret(key)  # the others expire, and are many
+    return key
 
 
 def bearer(secret: str, purpose: str) -> dict[str, str]:

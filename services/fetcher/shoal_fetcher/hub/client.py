@@ -28,7 +28,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoFile
 
 from shoal_common.concurrency.single_flight import SingleFlight
-from shoal_common.errors import BadName, Denied, Expired, HubUnavailable, NotFound, ShoalError, Unsupported
+from shoal_common.errors import BadInput, BadName, Denied, Expired, HubUnavailable, NotFound, ShoalError, Unsupported
 from shoal_common.messages.manifest import Manifest, ManifestFile
 from shoal_common.names import ModelRef, check_blob, check_commit, check_file_path, is_commit
 from shoal_fetcher.errors import RateLimited
@@ -52,10 +52,15 @@ class HubSettings(msgspec.Struct, frozen=True):
 
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> HubSettings:
-        """Read HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE, as huggingface_hub names them."""
+        """Read HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE, as huggingface_hub names them. Raises BadInput."""
+        token = environ.get("HF_TOKEN", "").strip()
+        if not all(c.isascii() and c.isprintable() and not c.isspace() for c in token):
+            raise BadInput(
+                "HF_TOKEN holds a space, a line break or another character that no token has: set it again"
+            )
         return cls(
             endpoint=(environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT).rstrip("/"),
-            token=environ.get("HF_TOKEN") or None,
+            token=token or None,
             offline=environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"),
         )
 

@@ -12,6 +12,7 @@ from typing import TypeVar
 from shoal_common.errors import BadInput, ErrorBody, InternalError
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages.generation import TokenEvent
+from shoal_common.redaction import remember_secret
 from shoal_inference.stage import logs
 from shoal_inference.stage.errors import BadControl, FatalError, LoadFailed
 from shoal_inference.stage.ipc.child import Channel, ParentGone
@@ -110,6 +111,7 @@ def _check(start: Start) -> None:
     limits = (start.step_timeout_s, start.frame_timeout_s, start.prefill_chunk_tokens, start.max_requests)
     if not 0 <= start.rank < start.stages or not 0 <= start.epoch < 2**63 or min(limits) <= 0:
         raise BadControl(f"invalid Start: rank {start.rank} of {start.stages}, epoch {start.epoch}, {limits}")
+    remember_secret(start.secret.decode(errors="replace"))
     if start.stages > 1 and not start.secret:
         raise BadControl("Start has no secret: a ring of several stages needs one")
 
