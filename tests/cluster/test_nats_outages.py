@@ -206,6 +206,26 @@ async def test_I6_nats_killed_twenty_times_costs_nothing_but_the_wait(tmp_path: 
 
 
 @pytest.mark.deadline_s(400.0)
+async def test_a_purged_bucket_is_published_again_within_a_minute(tmp_path: Path, own_nats: NatsServer) -> None:
+    async with cluster_of(tmp_path, own_nats) as cluster:
+        here = cluster.here
+        instance = await cluster.place()
+        await begin(cluster, "a", PAUSED)
+        assert (await cluster.ask("fetcher", "a", "pause", model=PAUSED))["models"] == {PAUSED: "paused"}
+
+        async def keys() -> set[str]:
+            return {k for k in await here.buckets.state.keys(">") if not k.startswith("links.")}
+
+        published = await keys()
+        kinds = {key.partition(".")[0] for key in published}
+        assert kinds >= {"storage", "model", "download", "stage", "instance", "members"}
+        purged_s = asyncio.get_running_loop().time()
+        await here.here.js.purge_stream("KV_state")
+        await cluster.same(keys, published, "the keys of the state")
+        assert asyncio.get_running_loop().time() - purged_s < 60
+        await cluster.wait_phase(instance, "ready")
+
+
 async def test_a_nats_without_its_store_loses_instances_and_no_files(tmp_path: Path, own_nats: NatsServer) -> None:
     async with cluster_of(tmp_path, own_nats) as cluster:
         here, site = cluster.here, cluster.site

@@ -24,7 +24,7 @@ from shoal_common.bus.connection import DRAIN_TIMEOUT_S, Nats, connected
 from shoal_common.bus.events import EventEmitter
 from shoal_common.bus.kv_bucket import Buckets
 from shoal_common.bus.kv_mirror import KvMirror, follow_forever
-from shoal_common.bus.streams import ensure_streams, kv_created_at
+from shoal_common.bus.streams import BucketContent, ensure_streams, lost_buckets, read_bucket_contents
 from shoal_common.concurrency import cancellation
 from shoal_common.concurrency.cancellation import DetachedTasks, cancel_and_wait, describe
 from shoal_common.config import Config, read_config
@@ -46,6 +46,7 @@ _DELETE_KEY_TIMEOUT_S = 2.0
 _DISCONNECT_DEADLINE_S = _DELETE_KEY_TIMEOUT_S + DRAIN_TIMEOUT_S
 _SIGNAL_REPEAT_S = 0.5
 MIRROR_DEADLINE_S = 30.0
+STORE_CHECK_INTERVAL_S = 30.0
 
 
 class ServiceContext:
@@ -132,21 +133,47 @@ class ServiceContext:
         tasks.create_task(self._until_stopping(work))
 
 
-async def _ensure_after_reconnects(nats: Nats, replicas: int, liveness: Liveness) -> None:
-    # A NATS that lost its store comes back without streams. Every service creates them again; the first one wins.
-    seen, created_at = nats.reconnects.count, await kv_created_at(nats.js)
+async def _watch_store(nats: Nats, replicas: int, liveness: Liveness) -> None:
+    # A NATS that lost its store comes back without streams; a stream may also be purged or removed while it is up.
+    # Every service creates what is missing (the first one wins) and publishes its state again.
+    seen, contents = nats.reconnects.count, await read_bucket_contents(nats.js)
+    synchronized_s = time.monotonic()
     while True:
         with suppress(TimeoutError):
-            async with asyncio.timeout(cluster_clock.SYNC_INTERVAL_S):
-                seen = await nats.reconnects.wait_after(seen)
-            with suppress(Unavailable, NotFoundError):  # down or wiped again: the next reconnection repeats this
-                await ensure_streams(nats.js, replicas)
+            async with asyncio.timeout(STORE_CHECK_INTERVAL_S):
+                await nats.reconnects.wait_after(seen)
+        # Down, or lost again meanwhile: the next reconnection or check repeats this.
+        with suppress(Unavailable, NotFoundError):
+            if has_reconnected := nats.reconnects.count != seen:
+                seen = nats.reconnects.count
                 liveness.renew_now()
-                old, created_at = created_at, await kv_created_at(nats.js)
-                if created_at != old:
-                    log.warning("NATS lost its store; publishing this service's state again")
-                    nats.store_wipes.notify()
-        await cluster_clock.sync_from_nats(nats.client)
+            lost = await _find_lost_buckets(nats, replicas, contents, has_reconnected)
+            if lost:
+                log.warning("NATS lost what it stored; publishing this service's state again", buckets=",".join(lost))
+                if not has_reconnected:
+                    nats.reconnects.notify()  # mirrors and publishers start afresh, as after an outage
+                    seen = nats.reconnects.count
+                    liveness.renew_now()
+                nats.store_wipes.notify()
+        if has_reconnected or time.monotonic() - synchronized_s > cluster_clock.SYNC_INTERVAL_S:
+            synchronized_s = time.monotonic()
+            await cluster_clock.sync_from_nats(nats.client)
+
+
+async def _find_lost_buckets(
+    nats: Nats, replicas: int, contents: dict[str, BucketContent], ensure: bool
+) -> list[str]:
+    """Return the buckets that lost what `contents` says they held, and update it."""
+    try:
+        if ensure:
+            await ensure_streams(nats.js, replicas)
+        found = await read_bucket_contents(nats.js)
+    except NotFoundError:
+        await ensure_streams(nats.js, replicas)
+        found = await read_bucket_contents(nats.js)
+    lost = lost_buckets(contents, found)
+    contents.update(found)
+    return lost
 
 
 async def _run(config: Config, environ: Mapping[str, str], run: Callable[[ServiceContext], Awaitable[None]]) -> None:
@@ -193,7 +220,7 @@ async def _run(config: Config, environ: Mapping[str, str], run: Callable[[Servic
                 helpers = [
                     tasks.create_task(liveness.renew_forever()),
                     tasks.create_task(supervisor.watchdog_forever()),
-                    tasks.create_task(_ensure_after_reconnects(nats, config.replicas, liveness)),
+                    tasks.create_task(_watch_store(nats, config.replicas, liveness)),
                 ]
                 running = asyncio.ensure_future(run(context))
                 helpers.append(tasks.create_task(_stop_in_time(running, stopping)))

@@ -19,6 +19,7 @@ async def run(context: ServiceContext) -> None:
         stage_manager = StageManager(context, tasks, spec, state)
         await stage_manager.unpublish_stale_stages()
         context.run_in_background(tasks, stage_manager.reconcile_stages_forever())
+        context.run_in_background(tasks, stage_manager.republish_after_wipes(context.nats.store_wipes))
         context.run_in_background(tasks, stage_manager.publish_memory_forever())
         context.run_in_background(tasks, stage_manager.guard_memory_forever())
         tasks.create_task(

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 
 from msgspec import structs
+from nats.errors import Error as NatsError
 
 from shoal_common.bus.keys import stage_key
 from shoal_common.bus.kv_mirror import KvMirror
 from shoal_common.bus.reconcile import reconcile_forever
-from shoal_common.errors import NotFound
+from shoal_common.concurrency.notifier import Notifier
+from shoal_common.errors import NotFound, ShoalError
 from shoal_common.host.cgroup import AvailableMemory
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages.envelope import Empty
@@ -78,6 +81,16 @@ class StageManager:
         published = [s for _, s in self._state.items("stage.", StageState)]
         for instance, rank in stale_stages(published, self._wanted().values(), self._context.node):
             await self._context.buckets.state.delete(stage_key(instance, rank))
+
+    async def republish_after_wipes(self, store_wipes: Notifier) -> None:
+        """Publish the state of every stage again each time NATS has lost it, for ever."""
+        handled = 0
+        while True:
+            count = await store_wipes.wait_after(handled)
+            with suppress(ShoalError, NatsError):  # NATS is down again: the next loss is noticed, too
+                for runner, _ in list(self._running.values()):
+                    await runner.publish_again()
+                handled = count
 
     async def reconcile_stages_forever(self) -> None:
         """Start and stop stages at every change of `spec`, for ever."""

@@ -127,6 +127,12 @@ class StageRunner:
             with suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
 
+    async def publish_again(self) -> None:
+        """Publish the stage's state again, which NATS has lost."""
+        if self._published is not None:
+            self._published = None
+            await self._publish_state()
+
     async def unpublish(self) -> None:
         """Unpublish the stage."""
         await self._bucket.delete(self._key)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from enum import Enum
 from typing import Any, TypeVar
 
+import msgspec
 from nats.errors import ConnectionClosedError, ConnectionReconnectingError, NoRespondersError
 from nats.errors import TimeoutError as NatsTimeoutError
 from nats.js import JetStreamContext, api
@@ -160,9 +161,34 @@ async def ensure_streams(js: JetStreamContext, replicas: int = 1) -> None:
             ) from None
 
 
-async def kv_created_at(js: JetStreamContext) -> str:
-    """Return when the stream of `spec` was created: another time after NATS has lost its store."""
-    return str((await retry_while_nats_down(lambda: js.stream_info("KV_spec"))).created)
+class BucketContent(msgspec.Struct, frozen=True):
+    """What a bucket held at a moment: when it was created, the range of its revisions, and how many are left."""
+
+    created_at: str
+    first_revision: int
+    last_revision: int
+    count: int
+
+
+async def read_bucket_contents(js: JetStreamContext) -> dict[str, BucketContent]:
+    """Return what the buckets hold that services publish to. Raises NotFoundError if one is gone."""
+    return {bucket: await _bucket_content(js, f"KV_{bucket}") for bucket in ("spec", "state")}
+
+
+async def _bucket_content(js: JetStreamContext, stream: str) -> BucketContent:
+    info = await retry_while_nats_down(lambda: js.stream_info(stream))
+    state = info.state
+    return BucketContent(str(info.created), state.first_seq, state.last_seq, state.messages)
+
+
+def lost_buckets(before: Mapping[str, BucketContent], now: Mapping[str, BucketContent]) -> list[str]:
+    """Return the buckets that have lost everything they held before: created anew, or purged."""
+    return [
+        bucket
+        for bucket, content in now.items()
+        if content.created_at != before[bucket].created_at
+        or (before[bucket].count and content.first_revision > before[bucket].last_revision)
+    ]
 
 
 async def retry_while_nats_down(call: Callable[[], Awaitable[T]], deadline_s: float = OUTAGE_DEADLINE_S) -> T:
