@@ -8,6 +8,7 @@ there is no half-dead service.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import signal
 import sys
@@ -26,6 +27,7 @@ from shoal_common.bus.kv_bucket import Buckets
 from shoal_common.bus.kv_mirror import KvMirror, follow_forever
 from shoal_common.bus.streams import BucketContent, ensure_streams, lost_buckets, read_bucket_contents
 from shoal_common.concurrency import cancellation
+from shoal_common.concurrency.backoff import Backoff
 from shoal_common.concurrency.cancellation import DetachedTasks, cancel_and_wait, describe
 from shoal_common.config import Config, read_config
 from shoal_common.errors import ShoalError, Unavailable
@@ -46,7 +48,8 @@ _DELETE_KEY_TIMEOUT_S = 2.0
 _DISCONNECT_DEADLINE_S = _DELETE_KEY_TIMEOUT_S + DRAIN_TIMEOUT_S
 _SIGNAL_REPEAT_S = 0.5
 MIRROR_DEADLINE_S = 30.0
-STORE_CHECK_INTERVAL_S = 30.0
+STORE_CHECKS = Backoff(1.0, 30.0)
+"""Often at first: what was published since the last check is not missed when it is lost."""
 
 
 class ServiceContext:
@@ -138,9 +141,9 @@ async def _watch_store(nats: Nats, replicas: int, liveness: Liveness) -> None:
     # Every service creates what is missing (the first one wins) and publishes its state again.
     seen, contents = nats.reconnects.count, await read_bucket_contents(nats.js)
     synchronized_s = time.monotonic()
-    while True:
+    for checks in itertools.count(1):
         with suppress(TimeoutError):
-            async with asyncio.timeout(STORE_CHECK_INTERVAL_S):
+            async with asyncio.timeout(STORE_CHECKS.delay_s(checks)):
                 await nats.reconnects.wait_after(seen)
         # Down, or lost again meanwhile: the next reconnection or check repeats this.
         with suppress(Unavailable, NotFoundError):

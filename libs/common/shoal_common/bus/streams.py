@@ -182,7 +182,7 @@ async def _bucket_content(js: JetStreamContext, stream: str) -> BucketContent:
 
 
 def lost_buckets(before: Mapping[str, BucketContent], now: Mapping[str, BucketContent]) -> list[str]:
-    """Return the buckets that have lost everything they held before: created anew, or purged."""
+    """Return the buckets that have lost everything they held before: created again, or purged."""
     return [
         bucket
         for bucket, content in now.items()
