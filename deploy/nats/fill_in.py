@@ -27,7 +27,6 @@ def fill_in(home: Path, bind: str, port: int, name: str, secret: str) -> str:
     return _TEMPLATE.read_text().format(
         listen=listen,
         name=quoted(name),
-        monitor="127.0.0.1:8222",
         run_dir=quoted(str(home / "run")),
         store_dir=quoted(str(home / "nats")),
         authorization=f'authorization {{ token: "{quoted(secret)}" }}' if secret else "",

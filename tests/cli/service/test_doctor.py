@@ -123,16 +123,16 @@ def test_a_nats_without_jetstream_is_reported(home: Home, tmp_path: Path, monkey
     assert only_finding(report, "streams").level == "skipped"
 
 
-def test_a_nats_with_periodic_sync_is_a_warning_if_monitored(
+def test_a_nats_of_ones_own_with_periodic_sync_is_a_warning(
     home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
         nats_harness, "_SETTINGS", nats_harness._SETTINGS.replace("sync_interval: always", 'sync_interval: "2m"')
     )
     home.run.mkdir()
-    with served(monkeypatch, tmp_path, 'http: "127.0.0.1:-1"\n') as server:
+    with served(monkeypatch, tmp_path, "") as server:
         cluster(server, _nothing)
-        for file in server.directory.glob("*.ports"):  # where a node's own server tells its ports
+        for file in (*server.directory.glob("*.ports"), server.directory / "nats-server.conf"):
             (home.run / file.name).write_bytes(file.read_bytes())
         report = probe(home, server)
     assert only_finding(report, "nats").level == "warning" and "every 120 s" in only_finding(report, "nats").what

@@ -17,7 +17,7 @@ from shoal_cli.doctor.checks import (
     reachability,
     services,
 )
-from shoal_cli.doctor.checks.nats import JetStreamMonitor, NatsFacts, NatsServerInfo, StreamStatus
+from shoal_cli.doctor.checks.nats import JetStreamSettings, NatsFacts, NatsServerInfo, StreamStatus
 from shoal_cli.doctor.checks.ports import ExpectedPort, PortListener
 from shoal_cli.doctor.checks.reachability import OsInfo
 from shoal_cli.doctor.checks.services import ServiceFacts, SystemdUnit
@@ -281,8 +281,8 @@ def test_an_unreachable_nats_is_not_one_that_refuses(
         ),
         ({"error": "timeout"}, "problem", ("JetStream does not",)),
         ({"no_jetstream": "not enabled"}, "problem", ("JetStream is off", "store_dir")),
-        ({"monitor": JetStreamMonitor(GB, False, 120.0)}, "warning", ("every 120 s", "sync_interval: always")),
-        ({"monitor": JetStreamMonitor(GB, True, 120.0)}, "ok", ("every write synced",)),
+        ({"settings": JetStreamSettings(GB, False, 120.0)}, "warning", ("every 120 s", "sync_interval: always")),
+        ({"settings": JetStreamSettings(GB, True, 120.0)}, "ok", ("every write synced",)),
     ],
 )
 def test_an_unusable_nats_has_a_finding_with_what_to_change(
@@ -315,7 +315,7 @@ def test_a_missing_or_unresponsive_stream_is_a_problem() -> None:
 def test_a_store_or_a_bucket_is_reported_before_it_is_full(share: float, level: str) -> None:
     assert only(on(store_max_bytes=1000, store_used_bytes=int(1000 * share)), "nats store").level == level
     assert (
-        only(on(monitor=JetStreamMonitor(1000, True), store_used_bytes=int(1000 * share)), "nats store").level
+        only(on(settings=JetStreamSettings(1000, True), store_used_bytes=int(1000 * share)), "nats store").level
         == level
     )
     for name, then in (("KV_state", level), ("EVT", "ok")):  # events are there to be discarded

@@ -35,8 +35,8 @@ class NatsServerInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_payload_bytes: int = MIN_PAYLOAD_BYTES
 
 
-class JetStreamMonitor(msgspec.Struct, frozen=True):
-    """JetStream's settings, from the monitoring port of a server on this machine."""
+class JetStreamSettings(msgspec.Struct, frozen=True):
+    """JetStream's settings, from the configuration of this node's own server."""
 
     max_store_bytes: int = 0
     sync_always: bool = False
@@ -70,7 +70,7 @@ class NatsFacts(msgspec.Struct, frozen=True, kw_only=True):
     store_used_bytes: int | None = None
     store_max_bytes: int = -1
     """A limit of our account; -1: none."""
-    monitor: JetStreamMonitor | None = None
+    settings: JetStreamSettings | None = None
     streams: Sequence[StreamStatus] = ()
 
 
@@ -157,19 +157,19 @@ def _server(facts: NatsFacts) -> list[Finding]:
     if facts.no_jetstream:
         remedy = "turn it on: `jetstream { store_dir: … }` in its configuration, as in deploy/nats"
         wrong.append(Finding(NATS, "problem", f"JetStream is off: {facts.no_jetstream}", remedy))
-    if facts.monitor is not None and not facts.monitor.sync_always:
+    if facts.settings is not None and not facts.settings.sync_always:
         wrong.append(
             Finding(
                 NATS,
                 "warning",
-                f"NATS syncs its disk every {facts.monitor.sync_interval_s:.0f} s: a power cut loses what it "
+                f"NATS syncs its disk every {facts.settings.sync_interval_s:.0f} s: a power cut loses what it "
                 "acknowledged since",
                 "set `sync_interval: always` in the jetstream section of its configuration",
             )
         )
     first = next((s for s in facts.servers if not s.connect_error), None)
     what = f"{first.url}, version {first.version or 'unknown'}, JetStream on" if first else "reached"
-    synced = "" if facts.monitor is None else ", every write synced"
+    synced = "" if facts.settings is None else ", every write synced"
     return or_ok(NATS, wrong, what + synced)
 
 
@@ -207,7 +207,7 @@ def _store(facts: NatsFacts) -> list[Finding]:
         if actual is None or not (actual.max_bytes or 0) > 0 or actual.discard == api.DiscardPolicy.OLD:
             continue
         wrong += _fill(f"stream {actual.name}", stream.used_bytes, actual.max_bytes or 0)
-    bounds = [facts.store_max_bytes, facts.monitor.max_store_bytes if facts.monitor else -1]
+    bounds = [facts.store_max_bytes, facts.settings.max_store_bytes if facts.settings else -1]
     known = [bound for bound in bounds if bound > 0]
     if facts.store_used_bytes is not None and known:
         wrong += _fill("NATS's store", facts.store_used_bytes, min(known))

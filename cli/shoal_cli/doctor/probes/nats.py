@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import httpx2
 import msgspec
 import nats
 from nats.aio.client import Client
@@ -20,7 +20,7 @@ from nats.errors import NoRespondersError
 from nats.js import api
 
 from shoal_cli.doctor.checks.clocks import ClockOffset
-from shoal_cli.doctor.checks.nats import JetStreamMonitor, NatsFacts, NatsServerInfo, StreamStatus
+from shoal_cli.doctor.checks.nats import JetStreamSettings, NatsFacts, NatsServerInfo, StreamStatus
 from shoal_cli.doctor.probes.local_node import with_secret
 from shoal_cli.doctor.probes.tcp_connect import classify_connect_error, connect
 from shoal_cli.doctor.probes.timeouts import run_with_timeout
@@ -30,14 +30,18 @@ from shoal_common.bus.cluster_clock import parse_nats_time
 from shoal_common.bus.keys import storage_key
 from shoal_common.bus.kv_bucket import Buckets
 from shoal_common.bus.streams import stream_configs
-from shoal_common.errors import BadMessage, ShoalError
+from shoal_common.errors import BadInput, BadMessage, ShoalError
 from shoal_common.messages import decode
 from shoal_common.messages.liveness import LivenessRecord
 from shoal_common.messages.storage import StorageState
+from shoal_common.units import parse_bytes
 
 _INFO_TIMEOUT_S = 3.0
 _ANSWER_TIMEOUT_S = 3.0
-_MONITOR_TIMEOUT_S = 2.0
+_FILES_TIMEOUT_S = 2.0
+_NATS_UNITS_S = {"s": 1, "m": 60, "h": 3600}
+_NATS_SYNC_INTERVAL = "2m"
+"""Where the configuration has none."""
 _MAX_INFO_BYTES = 64 << 10
 _STREAM_NOT_FOUND = 10059
 _MAX_CLIENT_ERRORS = 5
@@ -135,7 +139,7 @@ async def _read_info(url: str) -> tuple[NatsServerInfo, dict[str, Any]]:
 
 
 async def _ask(client: Client, facts: NatsFacts, node: str, run_directory: Path) -> ClusterProbe:
-    facts = msgspec.structs.replace(facts, connected=True, monitor=await _monitor(run_directory, facts.servers))
+    facts = msgspec.structs.replace(facts, connected=True, settings=await _settings(run_directory, facts.servers))
     try:
         account, _ = await _request(client, "$JS.API.INFO")
     except NoRespondersError:
@@ -219,27 +223,34 @@ async def _storage(client: Client, node: str) -> StorageState | None:
     return None
 
 
-async def _monitor(run_directory: Path, servers: Sequence[NatsServerInfo]) -> JetStreamMonitor | None:
-    """Return JetStream's settings from the monitoring port, if this node's own server is one of these."""
-    ports = {urlsplit(s.url).port for s in servers}
-    with suppress(OSError, TimeoutError, ValueError, KeyError, TypeError, httpx2.HTTPError):
-        monitoring = await run_with_timeout(_MONITOR_TIMEOUT_S, lambda: _monitoring_url(run_directory, ports))
-        if monitoring:
-            async with httpx2.AsyncClient(trust_env=False, timeout=_MONITOR_TIMEOUT_S) as http:
-                config = (await http.get(f"{monitoring}/jsz")).json()["config"]
-            return JetStreamMonitor(
-                int(config.get("max_storage", 0)),
-                bool(config.get("sync_always", False)),
-                int(config.get("sync_interval", 0)) / 1e9,
-            )
+async def _settings(run_directory: Path, servers: Sequence[NatsServerInfo]) -> JetStreamSettings | None:
+    with suppress(TimeoutError):
+        return await run_with_timeout(_FILES_TIMEOUT_S, lambda: _own_settings(run_directory, servers))
     return None
 
 
-def _monitoring_url(run_directory: Path, client_ports: set[int | None]) -> str:
-    """Return the monitoring URL of a server that listens on one of these ports, or "". Raises OSError."""
+def _own_settings(run_directory: Path, servers: Sequence[NatsServerInfo]) -> JetStreamSettings | None:
+    """Return JetStream's settings as configured, if this node's own server is one of these; else None. Blocking."""
+    with suppress(OSError, ValueError, BadInput):
+        if _own_ports(run_directory) & {urlsplit(server.url).port for server in servers}:
+            return jetstream_settings((run_directory / "nats-server.conf").read_text())
+    return None
+
+
+def _own_ports(run_directory: Path) -> set[int | None]:
+    found: set[int | None] = set()
     for file in run_directory.glob("nats-server_*.ports"):
         with suppress(msgspec.DecodeError):
-            ports = msgspec.json.decode(file.read_bytes(), type=NatsPorts)
-            if ports.monitoring and {urlsplit(u).port for u in ports.nats} & client_ports:
-                return ports.monitoring[0]
-    return ""
+            found |= {urlsplit(url).port for url in msgspec.json.decode(file.read_bytes(), type=NatsPorts).nats}
+    return found
+
+
+def jetstream_settings(configuration: str) -> JetStreamSettings:
+    """Return the settings of a configuration like deploy/nats/nats-server.conf. Raises ValueError, BadInput."""
+    values = dict(re.findall(r'^\s*(sync_interval|max_file_store):\s*"?([\w.]+)"?\s*$', configuration, re.MULTILINE))
+    sync = values.get("sync_interval", _NATS_SYNC_INTERVAL)
+    return JetStreamSettings(
+        max_store_bytes=parse_bytes(re.sub("(?i)b$", "iB", values.get("max_file_store", "0"))),  # its GB is a GiB
+        sync_always=sync == "always",
+        sync_interval_s=0.0 if sync == "always" else float(sync[:-1]) * _NATS_UNITS_S.get(sync[-1], 1),
+    )

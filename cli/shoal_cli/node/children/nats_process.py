@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from shoal_cli.node.node_plan import LOOPBACK, NodePlan, bracketed, local_address
+from shoal_cli.node.node_plan import NodePlan, bracketed, local_address
 from shoal_cli.node.ports import bind_problem, holder_of
 from shoal_cli.node_home import Home
 from shoal_common.errors import NotFound, Refused
@@ -25,7 +25,6 @@ class NatsPorts(msgspec.Struct, frozen=True):
     """What nats-server writes into `nats-server_<pid>.ports`."""
 
     nats: list[str] = []
-    monitoring: list[str] = []
 
 
 def find_program() -> Path:
@@ -61,7 +60,6 @@ def write_config(home: Home, plan: NodePlan, port: int) -> None:
     text = template().format(
         listen=f"{bracketed(plan.bind)}:{port or -1}",
         name=plan.node,
-        monitor=f"{LOOPBACK}:-1",
         run_dir=_quoted(str(home.run)),
         store_dir=_quoted(str(home.nats_store)),
         authorization=authorization,
