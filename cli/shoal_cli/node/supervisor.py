@@ -53,6 +53,7 @@ class Supervisor:
         self._notify_sockets: list[SdNotifyReadiness] = []
         self._nats_urls = list(plan.joins)
         self._gateway = ""
+        self._nats_log = nats_format.NatsLog(plan.node)
         self._started_at_s = time.time()
         self._stopping = asyncio.Event()
         self._changed = Notifier()
@@ -156,7 +157,7 @@ class Supervisor:
         tasks.create_task(child.run())
 
     def _translate_nats_line(self, line: bytes) -> bytes:
-        return nats_format.translate(line, self._plan.node, time.time())
+        return self._nats_log.translate(line, time.time())
 
     async def _report_started(self, on_started: Callable[[StartupReport], None]) -> None:
         await self._wait_for(lambda: readiness(self._statuses()) != "waiting", self._plan.ready_deadline_s)

@@ -1,13 +1,20 @@
-"""Logs: one line per event, key=value, with aligned columns on a terminal."""
+"""Logs: one line per event, key=value, with aligned columns on a terminal. No warning or error can flood them."""
 
 from __future__ import annotations
 
 import logging
 import sys
 import time
+from collections import OrderedDict
+from collections.abc import Hashable
 from typing import Any, TextIO
 
 from shoal_common.redaction import redact
+
+FLOOD_BURST = 100
+"""Warnings and errors of one kind that are logged at once; further ones are as rare as the interval says."""
+FLOOD_INTERVAL_S = 5.0
+_MAX_KINDS = 256
 
 _PLAIN = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.:/@+,[]{}()%*=")
 _ESCAPES = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\t": "\\t"}
@@ -55,6 +62,55 @@ class _Formatter(logging.Formatter):
         return f"ts={stamp}.{int(record.msecs):03d}Z level={level} {self._who} msg={quote_value(text)}{pairs}"
 
 
+class _Allowance:
+    """How many lines of one kind may be logged, and how many were left out."""
+
+    def __init__(self, now_s: float) -> None:
+        self.lines, self.at_s, self.left_out = float(FLOOD_BURST), now_s, 0
+
+
+class FloodLimit:
+    """Which lines are logged, where others may cause as many as they like."""
+
+    def __init__(self) -> None:
+        self._allowances: OrderedDict[Hashable, _Allowance] = OrderedDict()
+
+    def admit(self, kind: Hashable, now_s: float) -> int | None:
+        """Return how many lines of this kind were left out before this one; None if it is left out too."""
+        allowance = self._allowances.setdefault(kind, _Allowance(now_s))
+        self._allowances.move_to_end(kind)
+        if len(self._allowances) > _MAX_KINDS:
+            self._allowances.popitem(last=False)
+        passed_s = max(now_s - allowance.at_s, 0.0)
+        allowance.lines, allowance.at_s = min(allowance.lines + passed_s / FLOOD_INTERVAL_S, FLOOD_BURST), now_s
+        if allowance.lines < 1:
+            allowance.left_out += 1
+            return None
+        left_out, allowance.left_out = allowance.left_out, 0
+        allowance.lines -= 1
+        return left_out
+
+
+class _FloodFilter(logging.Filter):
+    """Leaves out warnings and errors that come too often; the next that is logged counts them.
+
+    A kind is a message of one logger without its fields: what strangers cause differs in its fields only.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._limit = FloodLimit()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno < logging.WARNING:
+            return True
+        kind = record.name, record.lineno, str(record.msg).partition("\n")[0]
+        left_out = self._limit.admit(kind, record.created)
+        if left_out:
+            record.fields = {**getattr(record, "fields", {}), "left_out": left_out}
+        return left_out is not None
+
+
 class StructuredLogger:
     """A logger whose calls carry fields: `log.info("blob committed", blob=name, size_bytes=n)`."""
 
@@ -83,6 +139,7 @@ def configure_logging(service: str, node: str, level: str = "info", stream: Text
     out = stream or sys.stderr
     handler = logging.StreamHandler(out)
     handler.setFormatter(_Formatter(service, node, out.isatty()))
+    handler.addFilter(_FloodFilter())
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from shoal_cli.node.children.nats_process import find_program
 from shoal_cli.node.logs.log_reader import written_at_s
 from shoal_cli.node.logs.log_rotation import RotatingLog, pump, tail
-from shoal_cli.node.logs.nats_format import message_of, translate
+from shoal_cli.node.logs.nats_format import NatsLog, message_of, translate
+from shoal_common.logs import FLOOD_BURST, FLOOD_INTERVAL_S
 
 _SHOAL_LINE = re.compile(
     r"ts=\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z level=(\w+) service=nats node=a msg=(\S+|\"(?:[^\"\\]|\\.)*\")"
@@ -61,6 +62,20 @@ def test_whatever_a_line_holds_stays_one_line_of_our_format(text: bytes) -> None
         shown = translated(line)
         assert shown.endswith("\n") and shown[:-1].isprintable()
         assert _SHOAL_LINE.fullmatch(shown[:-1]), shown
+
+
+def test_I7_what_clients_cause_cannot_flood_the_log() -> None:
+    log, shown = NatsLog("a"), []
+    for n in range(10_000):
+        mark = f"[7] 2026/01/31 12:30:05.123456 [ERR] 10.0.0.{n % 250}:{n} - cid:{n} - ".encode()
+        for text in (b"authentication error\n", b'Client parser ERROR, state=0, i=0: proto="%d"...\n' % n):
+            shown.append(log.translate(mark + text, n / 1000))
+    shown = [line for line in shown if line]
+    assert 2 * FLOOD_BURST <= len(shown) <= 2 * (FLOOD_BURST + 10 / FLOOD_INTERVAL_S)
+    counts = [int(line.rpartition(b" left_out=")[2]) for line in shown if b" left_out=" in line]
+    assert counts and sum(counts) < 20_000
+    line = b"[7] 2026/01/31 12:30:05.123456 [INF] Server is ready\n"
+    assert all(log.translate(line, 10.0) == translate(line, "a", 10.0) for _ in range(2 * FLOOD_BURST))
 
 
 def run_server(config: Path, log: RotatingLog) -> list[bytes]:

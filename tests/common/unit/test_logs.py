@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from shoal_common import logs
-from shoal_common.logs import StructuredLogger, quote_value
+from shoal_common.logs import FLOOD_BURST, FLOOD_INTERVAL_S, FloodLimit, StructuredLogger, quote_value
 
 PAIR = re.compile(r'([a-z_]+)=("(?:[^"\\]|\\.)*"|[^" =]*)(?: |$)')
 ESCAPE = re.compile(r"\\(?:u\{([0-9a-f]+)\}|(.))")
@@ -95,3 +95,39 @@ def test_libraries_speak_from_warning_up_and_nats_is_left_to_us(stream: io.Strin
     assert stream.getvalue() == ""
     logging.getLogger("some.library").warning("trouble")
     assert parsed(stream.getvalue().rstrip("\n"))["msg"] == "trouble"
+
+
+def test_I7_warnings_of_a_kind_cannot_flood_the_log(stream: io.StringIO) -> None:
+    log, foreign = StructuredLogger("test"), logging.getLogger("asyncio")
+    for n in range(20 * FLOOD_BURST):
+        log.warning("connection refused", address=n)
+        log.info("answer ended", request=n)
+        foreign.error(f"socket.accept() out of system resource\nsocket: <fd={n}>")
+    log.warning("something else")
+    messages = [parsed(line)["msg"].partition("\n")[0] for line in stream.getvalue().splitlines()]
+    assert messages.count("answer ended") == 20 * FLOOD_BURST and messages[-1] == "something else"
+    for message in ("connection refused", "socket.accept() out of system resource"):
+        assert FLOOD_BURST <= messages.count(message) <= 2 * FLOOD_BURST
+
+
+TIMES = st.lists(st.floats(0, 600), min_size=150, max_size=400).map(sorted)
+
+
+@given(TIMES)
+def test_no_line_left_out_is_forgotten(times: list[float]) -> None:
+    limit = FloodLimit()
+    admitted = [limit.admit("kind", now_s) for now_s in times]
+    shown = [count for count in admitted if count is not None]
+    left_out = admitted.count(None)
+    assert len(shown) <= FLOOD_BURST + (times[-1] - times[0]) / FLOOD_INTERVAL_S
+    trailing = next((i for i, count in enumerate(reversed(admitted)) if count is not None), 0)
+    assert sum(shown) == left_out - trailing
+
+
+@given(TIMES)
+def test_other_kinds_take_nothing_from_a_rare_one(times: list[float]) -> None:
+    limit = FloodLimit()
+    for number, now_s in enumerate(times):
+        limit.admit(number, now_s)
+        limit.admit("frequent", now_s)
+    assert limit.admit("rare", times[-1]) == 0

@@ -9,10 +9,32 @@ from __future__ import annotations
 import re
 from datetime import UTC, datetime
 
-from shoal_common.logs import quote_value
+from shoal_common.logs import FloodLimit, quote_value
 
 _LINE = re.compile(rb"\[\d+\] (\d{4}/\d\d/\d\d \d\d:\d\d:\d\d\.\d{6}) \[([A-Z]{3})\](.*)", re.DOTALL)
 _LEVELS = {b"INF": "info", b"DBG": "debug", b"TRC": "debug", b"WRN": "warning", b"ERR": "error", b"FTL": "critical"}
+_CLIENT = re.compile(rb"\S+ - \w+:\d+ - ")
+_KIND_BYTES = 20
+
+
+class NatsLog:
+    """The log of one nats-server. Warnings and errors that its clients cause cannot flood it."""
+
+    def __init__(self, node: str) -> None:
+        self._node, self._limit = node, FloodLimit()
+
+    def translate(self, line: bytes, now_s: float) -> bytes:
+        """Return a line in Shoal's format; nothing if it is left out."""
+        match = _LINE.fullmatch(line.removesuffix(b"\n"))
+        if match is None or match[2] not in (b"WRN", b"ERR"):
+            return translate(line, self._node, now_s)
+        # What follows may quote the client: the beginning says what it is about.
+        kind = _CLIENT.sub(b"", match[3].strip())[:_KIND_BYTES]
+        left_out = self._limit.admit(kind, now_s)
+        if left_out is None:
+            return b""
+        more = f" left_out={left_out}\n" if left_out else "\n"
+        return translate(line, self._node, now_s).removesuffix(b"\n") + more.encode()
 
 
 def translate(line: bytes, node: str, now_s: float) -> bytes:
