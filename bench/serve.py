@@ -68,7 +68,9 @@ def read(port: int, path: str, authorization: str, range_bytes: int) -> float:
         with socket.create_connection(("127.0.0.1", port)) as connection:
             while time.monotonic() < stop_s:
                 start = draw.randrange(BLOB_BYTES // range_bytes) * range_bytes
-                asked = f"GET {path} HTTP/1.1\r\nHost: bench\r\nRange: bytes={start}-{start + range_bytes - 1}\r\n"
+                asked = (
+                    f"GET {path} HTTP/1.1\r\nHost: localhost\r\nRange: bytes={start}-{start + range_bytes - 1}\r\n"
+                )
                 shown = f"Authorization: {authorization}\r\n" if authorization else ""
                 connection.sendall(f"{asked}{shown}\r\n".encode())
                 got = connection.recv_into(buffer)
@@ -98,7 +100,7 @@ async def read_slowly(port: int, path: str, authorization: str) -> None:
     """Request a whole blob on many connections and read very little of it; reconnect when disconnected."""
 
     async def one() -> None:
-        asked = f"GET {path} HTTP/1.1\r\nHost: bench\r\nAuthorization: {authorization}\r\n\r\n".encode()
+        asked = f"GET {path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: {authorization}\r\n\r\n".encode()
         while True:
             try:
                 reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1, local_addr=(SLOW_HOST, 0))

@@ -12,19 +12,22 @@ from pathlib import Path
 import uvicorn
 
 from shoal_common.host.rate_limiter import RateLimiter
+from shoal_common.http.bounds import HttpBounds
 from shoal_common.store.store_paths import StorePaths
 from shoal_common.store.verification_stamp import write_stamp
-from shoal_fileserver.service import server_config
+from shoal_fileserver.service import BOUNDS, server_config
 
 NODE = "here"
 
 
 @asynccontextmanager
-async def local_fileserver(store: Path, limiter: RateLimiter | None = None) -> AsyncIterator[int]:
+async def local_fileserver(
+    store: Path, limiter: RateLimiter | None = None, bounds: HttpBounds = BOUNDS
+) -> AsyncIterator[int]:
     """Run a server over a store, and yield its port."""
     listener = socket.create_server(("127.0.0.1", 0))
     threads = ThreadPoolExecutor(8, "send")
-    config = server_config(StorePaths(store), NODE, "", threads, limiter=limiter)
+    config = server_config(StorePaths(store), NODE, "", threads, limiter=limiter, bounds=bounds)
     config.timeout_graceful_shutdown = 1
     server = uvicorn.Server(config)
     running = asyncio.create_task(server._serve(sockets=[listener]))

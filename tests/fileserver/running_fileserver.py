@@ -76,7 +76,7 @@ class Fileserver:
     ) -> Reply:
         """Send a valid request; the path is sent as given."""
         all_headers = {**(headers or {}), **({"Content-Length": str(len(body))} if body else {})}
-        lines = [f"{method} {path} HTTP/1.1", "Host: test", *(f"{k}: {v}" for k, v in all_headers.items())]
+        lines = [f"{method} {path} HTTP/1.1", "Host: localhost", *(f"{k}: {v}" for k, v in all_headers.items())]
         return await self.raw("\r\n".join([*lines, "", ""]).encode("latin-1") + body)
 
     async def blob(self, sha256: str, range_header: str = "", method: str = "GET") -> Reply:

@@ -40,14 +40,16 @@ class RunningGateway(msgspec.Struct, frozen=True):
 
 
 @contextmanager
-def running_gateway(home: Path, nats: NatsServer, node: str = NODE, **environment: str) -> Iterator[RunningGateway]:
-    """Run a gateway on a free port while the body runs."""
+def running_gateway(
+    home: Path, nats: NatsServer, node: str = NODE, within: tuple[str, ...] = (), **environment: str
+) -> Iterator[RunningGateway]:
+    """Run a gateway on a free port while the body runs. `within` is a command that runs it by exec."""
     home.mkdir()
     (home / "node.toml").write_text(f'id = "{node}"\n{_LIMITS}')
     log = home / "gateway.log"
     with log.open("wb") as output:
         environment = {**node_environment(home, nats.url), "SHOAL_GATEWAY_PORT": "0", **environment}
-        process = start_service("gateway", environment, output)
+        process = start_service("gateway", environment, output, within)
     try:
         address = _address(process, log)
         yield RunningGateway(f"http://127.0.0.1:{address.rpartition(':')[2]}", nats, log, process)

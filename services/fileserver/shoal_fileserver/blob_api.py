@@ -22,7 +22,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from shoal_common.bus import cluster_clock
-from shoal_common.errors import BadName
+from shoal_common.errors import ShoalError
 from shoal_common.host.credentials import blob_token_allows
 from shoal_common.host.rate_limiter import RateLimiter
 from shoal_common.logs import StructuredLogger
@@ -37,13 +37,9 @@ from shoal_fileserver.send_history import InFlightLeaves, SendHistory
 
 log = StructuredLogger("fileserver")
 
-MAX_BITMAP_BYTES = 256 << 10
-"""Bitmap of a blob of 2 TiB."""
 MAX_LEAF_LIST_BYTES = 1 << 20
 """Maximum part of a leaf list per request: the list of 32 GiB."""
-BODY_TIMEOUT_S = 10.0
 _TYPE = "application/octet-stream"
-_CLOSE = {"Connection": "close"}
 _NOT_HERE = "this node does not hold that blob, verified"
 
 
@@ -81,8 +77,8 @@ class BlobApi:
         """Return the response, or the error response of what it raises."""
         try:
             return await response
-        except BadName as e:
-            return error_response(400, e.message)
+        except ShoalError as e:
+            return error_response(e.http_status, e.message)
         except FileNotFoundError:
             return error_response(404, _NOT_HERE)
         except OSError as e:
@@ -126,13 +122,7 @@ class BlobApi:
             max_leaves = ""
         if not (max_leaves.isascii() and max_leaves.isdigit() and len(max_leaves) < 9 and int(max_leaves) > 0):
             return error_response(400, "max_leaves is not a number of leaves from 1 on")
-        try:
-            async with asyncio.timeout(BODY_TIMEOUT_S):
-                body = await _body(receive, MAX_BITMAP_BYTES)
-        except TimeoutError:
-            return error_response(408, "the bitmap did not arrive in time", _CLOSE)
-        if body is None:
-            return error_response(413, f"the bitmap is larger than {MAX_BITMAP_BYTES} bytes", _CLOSE)
+        body = await _body(receive)
         content = await asyncio.to_thread(open_content, self._layout, blob)
         size = content.size_bytes
         if len(body) != -(-leaf_count(size) // 8):
@@ -233,14 +223,12 @@ def _requested_range(headers: Headers, etag: str, size: int) -> AllBytes | ByteR
     return parse_range(header if headers.get("if-range", etag) == etag else None, size)
 
 
-async def _body(receive: Receive, max_bytes: int) -> bytes | None:
-    """Return a request's body; None if it is too long, or the peer has disconnected."""
+async def _body(receive: Receive) -> bytes:
+    """Return a request's body, or what arrived of it before the peer disconnected."""
     body = bytearray()
     while True:
         message = await receive()
         body += message.get("body", b"")
-        if len(body) > max_bytes or message["type"] == "http.disconnect":
-            return None
         if not message.get("more_body"):
             return bytes(body)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import random
 import socket
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -17,18 +16,21 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from shoal_common.bus.keys import storage_key
 from shoal_common.bus.kv_mirror import KvMirror
-from shoal_common.errors import Unavailable
+from shoal_common.config import is_loopback
+from shoal_common.errors import ShoalError, Unavailable
 from shoal_common.host.addresses import is_dual_stack
 from shoal_common.host.credentials import is_authorized
-from shoal_common.host.http_server import HttpServer
 from shoal_common.host.rate_limiter import RateLimiter
+from shoal_common.http.bounded_protocol import HttpRules, protocol_of
+from shoal_common.http.bounds import HttpBounds
+from shoal_common.http.server import HttpServer, http_config
 from shoal_common.messages.storage import StorageState
 from shoal_common.service import ServiceContext
 from shoal_common.settings.node import PortSettings
 from shoal_common.settings.values import read_settings
 from shoal_common.store.store_paths import StorePaths
 from shoal_fileserver.blob_api import BlobApi, error_response
-from shoal_fileserver.http.connection_limits import limited_protocol
+from shoal_fileserver.http.bulk_protocol import BulkHttpProtocol
 from shoal_fileserver.http.fast_path import FastPath
 from shoal_fileserver.hub_api import HubApi
 from shoal_fileserver.model_index import ModelIndex
@@ -36,8 +38,15 @@ from shoal_fileserver.probe import PATH as PROBE_PATH
 from shoal_fileserver.probe import ProbeApi
 from shoal_fileserver.send_history import SendHistory
 
+BOUNDS = HttpBounds(
+    max_connections=256,
+    max_per_address=128,  # several nodes may share an address, and each of their fetchers has up to 32 connections
+    max_body_bytes=256 << 10,  # the bitmap of a blob of 2 TiB
+    max_bodies_bytes=16 << 20,
+    files_per_connection=2,
+)
 _KEEP_ALIVE_S = 30
-_GRACEFUL_SHUTDOWN_S = 5
+_RETRY_AFTER_S = 2
 _SENDING_THREADS = 8
 
 
@@ -48,6 +57,8 @@ def server_config(
     threads: Executor,
     model_index: ModelIndex | None = None,
     limiter: RateLimiter | None = None,
+    bounds: HttpBounds = BOUNDS,
+    loopback_only: bool = True,
 ) -> uvicorn.Config:
     """Return the configuration of a server for one store; `threads` send files.
 
@@ -56,20 +67,19 @@ def server_config(
     limiter = limiter or RateLimiter()
     sent = SendHistory(random.Random())
     fast_path = FastPath(layout, node, secret, sent, limiter)
-    return uvicorn.Config(
+    return http_config(
         _application(
             BlobApi(layout, node, secret, fast_path, sent, limiter), ProbeApi(node, secret), secret, model_index
         ),
-        http=limited_protocol(fast_path, threads),
-        ws="none",
-        log_config=None,
-        access_log=False,
-        proxy_headers=False,
-        server_header=False,
-        lifespan="off",
-        timeout_keep_alive=_KEEP_ALIVE_S,
-        timeout_graceful_shutdown=_GRACEFUL_SHUTDOWN_S,
+        HttpRules(bounds, loopback_only, _respond_to),
+        protocol_of(BulkHttpProtocol, fast_path=fast_path, threads=threads),
+        keep_alive_s=_KEEP_ALIVE_S,
     )
+
+
+def _respond_to(error: ShoalError) -> Response:
+    headers = {"Retry-After": str(_RETRY_AFTER_S)} if error.retryable else None
+    return error_response(error.http_status, error.message, headers)
 
 
 def _application(blobs: BlobApi, probe: ProbeApi, secret: str, model_index: ModelIndex | None) -> ASGIApp:
@@ -113,8 +123,6 @@ async def run(context: ServiceContext) -> None:
     """Run the fileserver service."""
     config = context.config
     listener = _listen(config.bind, read_settings(PortSettings, {}, context.environ).fileserver_port)
-    # Errors that a hostile peer can cause are not worth a log line each; this server's own are.
-    logging.getLogger("uvicorn").setLevel(logging.ERROR)
     limiter = RateLimiter()
     async with asyncio.TaskGroup() as tasks:
         # At once: while a restarted fileserver publishes no address, its peers turn to the hub (I9). The socket
@@ -128,9 +136,17 @@ async def run(context: ServiceContext) -> None:
         model_index = ModelIndex(context.node, context.rpc, models, live, context.interfaces)
         threads = ThreadPoolExecutor(_SENDING_THREADS, "send")
         layout = StorePaths(config.store)
-        http_config = server_config(layout, context.node, config.secret, threads, model_index, limiter)
+        server = server_config(
+            layout,
+            context.node,
+            config.secret,
+            threads,
+            model_index,
+            limiter,
+            loopback_only=is_loopback(config.bind),
+        )
         try:
-            await HttpServer(http_config, context.stopping).serve(sockets=[listener])
+            await HttpServer(server, context.stopping).serve(sockets=[listener])
         finally:
             threads.shutdown(wait=False, cancel_futures=True)
 

@@ -10,10 +10,9 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from shoal_common.config import is_loopback
-from shoal_common.errors import BadInput, Denied, ShoalError
+from shoal_common.errors import Denied, ShoalError
 from shoal_common.host.credentials import derive
-from shoal_gateway.errors import CrossOriginForbidden
+from shoal_common.http.errors import CrossOriginForbidden
 from shoal_gateway.http_errors import respond_to
 
 PUBLIC_PATHS = frozenset({"/health"})
@@ -25,13 +24,9 @@ def access_error(
     method: str, path: str, headers: Mapping[str, str], secret: str, credential_needed: bool
 ) -> ShoalError | None:
     """Return why a request is refused, or None. `headers` must look names up case-insensitively."""
-    host = headers.get("host") or ""
-    if not credential_needed and not _is_loopback_name(_hostname(host)):
-        # DNS rebinding: a page whose host name resolves to 127.0.0.1 is same-origin with this gateway.
-        return CrossOriginForbidden(f"this address answers only as 127.0.0.1 or localhost, not as {host[:100]!r}")
     if method not in _READING:
         origin = headers.get("origin")
-        if origin is not None and not _same_place(origin, host):
+        if origin is not None and not _same_place(origin, headers.get("host") or ""):
             return CrossOriginForbidden(
                 f"a web page from {origin[:100]!r} may not control this node; open the node's own page instead"
             )
@@ -66,20 +61,6 @@ def _same_place(origin: str, host: str) -> bool:
     try:
         return urlsplit(origin).netloc.lower() == host.lower()
     except ValueError:
-        return False
-
-
-def _hostname(host: str) -> str:
-    try:
-        return urlsplit(f"//{host}").hostname or ""
-    except ValueError:
-        return ""
-
-
-def _is_loopback_name(hostname: str) -> bool:
-    try:
-        return is_loopback(hostname)
-    except BadInput:
         return False
 
 

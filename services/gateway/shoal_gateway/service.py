@@ -7,16 +7,23 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import uvicorn
-
 from shoal_common.errors import Refused
 from shoal_common.host.addresses import is_dual_stack
-from shoal_common.host.http_server import HttpServer
+from shoal_common.http.bounded_protocol import HttpRules
+from shoal_common.http.bounds import HttpBounds
+from shoal_common.http.server import HttpServer, http_config
 from shoal_common.service import STOP_DEADLINE_S, ServiceContext
 from shoal_gateway.app import build_app
 from shoal_gateway.context import GatewayContext
+from shoal_gateway.http_errors import respond_to
 from shoal_gateway.settings import GatewaySettings, read_gateway_settings
 
+BOUNDS = HttpBounds(
+    max_connections=768,  # all answers in flight, all clients that follow events, and as many as 192 others
+    max_per_address=640,
+    max_body_bytes=8 << 20,
+    max_bodies_bytes=64 << 20,
+)
 _DRAIN_TIMEOUT_S = int(STOP_DEADLINE_S) - 2
 """For running requests after a stop; the rest of the deadline is for closing down."""
 
@@ -36,21 +43,9 @@ async def run(context: ServiceContext) -> None:
 async def _serve(context: ServiceContext, gateway: GatewayContext, listener: socket.socket) -> None:
     port = listener.getsockname()[1]
     await context.follow_interfaces(port)
-    server = HttpServer(
-        uvicorn.Config(
-            build_app(gateway),
-            http="httptools",
-            ws="none",
-            lifespan="off",
-            access_log=False,
-            log_config=None,
-            server_header=False,
-            proxy_headers=False,
-            timeout_graceful_shutdown=_DRAIN_TIMEOUT_S,
-        ),
-        context.stopping,
-        on_started=context.ready,
-    )
+    rules = HttpRules(BOUNDS, not gateway.settings.credential_needed, respond_to)
+    config = http_config(build_app(gateway), rules, graceful_shutdown_s=_DRAIN_TIMEOUT_S)
+    server = HttpServer(config, context.stopping, on_started=context.ready)
     await server.serve(sockets=[listener])
 
 

@@ -73,11 +73,10 @@ async def test_one_connection_serves_many_ranges(nats: NatsServer, fresh: Fresh,
         blob = server.add(DATA)
         reader, writer = await server.connect()
         for start in range(0, 1000, 100):
-            writer.write(
-                f"GET /v1/blobs/{blob} HTTP/1.1\r\nHost: x\r\nRange: bytes={start}-{start + 99}\r\n\r\n".encode()
-            )
+            part = f"Range: bytes={start}-{start + 99}"
+            writer.write(f"GET /v1/blobs/{blob} HTTP/1.1\r\nHost: localhost\r\n{part}\r\n\r\n".encode())
             assert (await read_reply(reader)).body == DATA[start : start + 100]
-        ask = f"GET /v1/blobs/{blob} HTTP/1.1\r\nHost: x\r\nRange: bytes=%d-%d\r\n\r\n"
+        ask = f"GET /v1/blobs/{blob} HTTP/1.1\r\nHost: localhost\r\nRange: bytes=%d-%d\r\n\r\n"
         writer.write("".join(ask % (n, n) for n in range(20)).encode())  # pipelined
         assert [(await read_reply(reader)).body for _ in range(20)] == [DATA[n : n + 1] for n in range(20)]
         writer.close()
@@ -100,7 +99,7 @@ async def test_a_range_header_that_is_not_one_range_gets_everything(
         ):
             reply = await server.blob(blob, header)
             assert (reply.status, reply.body) == (200, b"abcdefgh"), header[:40]
-        twice = f"GET /v1/blobs/{blob} HTTP/1.1\r\nHost: x\r\nRange: bytes=0-1\r\nRange: bytes=4-5\r\n\r\n"
+        twice = f"GET /v1/blobs/{blob} HTTP/1.1\r\nHost: localhost\r\nRange: bytes=0-1\r\nRange: bytes=4-5\r\n\r\n"
         assert (await server.raw(twice.encode())).body == b"abcdefgh"
         same = {"Range": "bytes=0-1", "If-Range": f'"{blob}"'}
         assert (await server.ask(f"/v1/blobs/{blob}", same)).body == b"ab"
@@ -114,7 +113,7 @@ async def test_what_is_not_http_is_refused_and_the_next_is_served(
     async with serving(nats, tmp_path, fresh("files")) as server:
         blob = server.add(b"abc")
         endless = b"GET / HTTP/1.1\r\n" + b"X-Long: " + b"a" * (1 << 20)
-        for rubbish in (b"\0" * 100, b"hello\r\n\r\n", b"GET \xff\xfe HTTP/1.1\r\nHost: x\r\n\r\n", endless):
+        for rubbish in (b"\0" * 100, b"hello\r\n\r\n", b"GET \xff\xfe HTTP/1.1\r\nHost: localhost\r\n\r\n", endless):
             reply = await server.raw(rubbish)
             assert reply.status in (400, 404, 431), rubbish[:20]
         assert (await server.ask(f"/v1/blobs/{blob}", method="DELETE")).status == 405
@@ -204,7 +203,7 @@ async def test_a_blob_deleted_while_it_is_read_is_read_to_its_end(
     async with serving(nats, tmp_path, fresh("files")) as server:
         blob = server.add(data)
         reader, writer = await server.connect()
-        writer.write(f"GET /v1/blobs/{blob} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        writer.write(f"GET /v1/blobs/{blob} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
         head = await reader.readuntil(b"\r\n\r\n")
         assert f"content-length: {len(data)}" in head.decode()
         server.layout.blob(blob).unlink()
@@ -222,7 +221,7 @@ async def test_peers_that_disconnect_in_the_middle_leave_nothing_open(
         before = server.open_file_count()
         for _ in range(30):
             reader, writer = await server.connect()
-            writer.write(f"GET /v1/blobs/{blob} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            writer.write(f"GET /v1/blobs/{blob} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
             await reader.readuntil(b"\r\n\r\n")
             writer.transport.abort()
         for method, header in (("HEAD", ""), ("GET", "bytes=99999999-")):
@@ -302,7 +301,7 @@ async def test_readers_that_take_nothing_do_not_keep_a_peer_out(
         blob = server.add(bytes(16 << 20))
         stalled = [await server.connect(limit_bytes=1024) for _ in range(60)]
         for _, writer in stalled:
-            writer.write(f"GET /v1/blobs/{blob} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            writer.write(f"GET /v1/blobs/{blob} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
         assert len((await server.blob(blob)).body) == 16 << 20
         for _, writer in stalled:
             writer.transport.abort()
@@ -316,7 +315,7 @@ async def test_a_stop_during_a_transfer_ends_within_the_deadline(
         data = os.urandom(1 << 20) * 32
         blob = server.add(data)
         reader, writer = await server.connect()
-        writer.write(f"GET /v1/blobs/{blob} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        writer.write(f"GET /v1/blobs/{blob} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
         await reader.readuntil(b"\r\n\r\n")
         idle = await server.connect()
         server.process.send(signal.SIGTERM)

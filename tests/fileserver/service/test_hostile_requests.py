@@ -93,7 +93,9 @@ def test_I1_a_leaf_that_is_not_ready_is_never_sent(
     with RelayBitmapFile(layout, BLOB, Bitmap(SIZE)) as ready:
         ready.add(bits)
     header = form.format(start, end)
-    request = f"GET /v1/blobs/{BLOB} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nRange: bytes={header}\r\n\r\n"
+    request = (
+        f"GET /v1/blobs/{BLOB} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nRange: bytes={header}\r\n\r\n"
+    )
     status, headers, body = asked(port, request.encode())
     assert status in (200, 206, 404, 416)
     if status in (200, 206):
@@ -107,7 +109,9 @@ def test_I1_a_leaf_that_is_not_ready_is_never_sent(
     wanted = Bitmap(SIZE)
     for leaf in range(LEAVES):
         wanted.add(leaf)
-    request = f"POST /v1/blobs/{BLOB}/any HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 1\r\n\r\n"
+    request = (
+        f"POST /v1/blobs/{BLOB}/any HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: 1\r\n\r\n"
+    )
     status, headers, body = asked(port, request.encode() + wanted.to_bytes())
     assert status in (204, 206) and NOT_READY not in body and (status == 206) <= bool(bits)
 
@@ -121,12 +125,12 @@ async def test_I1_a_partial_discarded_while_it_is_read_is_cut_off(tmp_path: Path
         ready.add(range(1024))
     async with local_fileserver(tmp_path) as port:
         reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
-        writer.write(f"GET /v1/blobs/{BLOB} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        writer.write(f"GET /v1/blobs/{BLOB} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
         await reader.readuntil(b"\r\n\r\n")
         await asyncio.to_thread(shutil.rmtree, layout.partial(BLOB))
         assert await closed(reader) < size
         again, other = await asyncio.open_connection("127.0.0.1", port)
-        other.write(f"GET /v1/blobs/{BLOB} HTTP/1.1\r\nHost: x\r\nRange: bytes=0-9\r\n\r\n".encode())
+        other.write(f"GET /v1/blobs/{BLOB} HTTP/1.1\r\nHost: localhost\r\nRange: bytes=0-9\r\n\r\n".encode())
         assert (await read_reply(again)).status == 404
         for each in (writer, other):
             each.close()
@@ -191,15 +195,26 @@ async def test_I10_hostile_paths_ranges_and_heads_are_refused(nats: NatsServer, 
             b"Range: bytes=0-1\r\n" * 50_000,
             b"X" * (1 << 20),
         ):
-            reply = await server.raw(f"GET /v1/blobs/{blob} HTTP/1.1\r\nHost: x\r\n".encode() + bomb)
+            reply = await server.raw(f"GET /v1/blobs/{blob} HTTP/1.1\r\nHost: localhost\r\n".encode() + bomb)
             assert reply.status in (400, 431)
         for smuggled in (
             b"Content-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n",
             b"Content-Length: -1\r\n\r\n",
             b"Content-Length: 9\r\nContent-Length: 8\r\n\r\n",
         ):
-            reply = await server.raw(f"POST /v1/blobs/{blob}/any HTTP/1.1\r\nHost: x\r\n".encode() + smuggled)
+            reply = await server.raw(f"POST /v1/blobs/{blob}/any HTTP/1.1\r\nHost: localhost\r\n".encode() + smuggled)
             assert reply.status == 400, smuggled
+        hosts = {
+            "Host: evil.example": 403,
+            "": 400,
+            "Host: a@localhost": 400,
+            "Host: localhost\r\nHost: localhost": 400,
+        }
+        for host, status in hosts.items():
+            reply = await server.raw(f"GET /v1/blobs/{blob} HTTP/1.1\r\n{host}\r\n".encode() + b"\r\n" * bool(host))
+            assert reply.status == status, host
+        absolute = f"GET http://localhost/v1/blobs/{blob} HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        assert (await server.raw(absolute.encode())).status == 400
         assert (await server.blob(blob)).body == b"abcdefgh"
         assert server.process.running and "Traceback" not in server.process.output
 
@@ -216,7 +231,9 @@ async def test_500_slow_connections_do_not_keep_an_honest_reader_out(
         for n in range(500):
             here = (f"127.0.0.{2 + n % 4}", 0)
             _, writer = await asyncio.open_connection(server.host, server.port, limit=1024, local_addr=here)
-            writer.write(f"GET /v1/blobs/{blob} HTTP/1.1\r\nHost: x\r\n\r\n".encode()[: None if n % 3 else 20])
+            writer.write(
+                f"GET /v1/blobs/{blob} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()[: None if n % 3 else 20]
+            )
             slow.append(writer)
 
         async def served() -> bool:
@@ -251,7 +268,7 @@ async def test_every_byte_sent_passes_the_rate_limiter_first(tmp_path: Path) -> 
         for header, count in (("", size), ("Range: bytes=0-1048575\r\n", LEAF_BYTES), ("Range: bytes=0-9\r\n", 10)):
             for _ in range(2):
                 limiter.taken.clear()
-                writer.write(f"GET /v1/blobs/{blob} HTTP/1.1\r\nHost: x\r\n{header}\r\n".encode())
+                writer.write(f"GET /v1/blobs/{blob} HTTP/1.1\r\nHost: localhost\r\n{header}\r\n".encode())
                 assert len((await read_reply(reader)).body) == sum(limiter.taken) == count
                 assert max(limiter.taken) <= LEAF_BYTES
         writer.close()
@@ -267,7 +284,7 @@ async def test_the_nodes_upload_limit_is_followed_by_uploads_under_way(
 
         async def held_up() -> tuple[asyncio.StreamReader, asyncio.StreamWriter] | None:
             reader, writer = await server.connect()
-            writer.write(f"GET /v1/blobs/{blob} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            writer.write(f"GET /v1/blobs/{blob} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
             await reader.readuntil(b"\r\n\r\n")
             try:
                 await asyncio.wait_for(reader.readexactly(1), 0.5)

@@ -32,7 +32,7 @@ async def test_a_probe_returns_the_bytes_it_asked_for_up_to_a_limit(
         assert (await server.ask("/v1/probe", method="POST", body=b"x")).status == 405
         reader, writer = await server.connect()
         for _ in range(3):  # several requests on one connection
-            writer.write(b"GET /v1/probe?bytes=100 HTTP/1.1\r\nHost: test\r\n\r\n")
+            writer.write(b"GET /v1/probe?bytes=100 HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert len((await read_reply(reader)).body) == 100
         writer.close()
 

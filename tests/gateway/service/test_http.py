@@ -106,8 +106,8 @@ async def test_own_page_may_use_the_api(gateway: RunningGateway) -> None:
 
 
 async def test_I12_beyond_loopback_nothing_answers_without_the_secret(tmp_path: Path, own_nats: NatsServer) -> None:
-    environment = {"SHOAL_BIND": "0.0.0.0", "SHOAL_SECRET": "s3cret-of-the-cluster"}
-    with running_gateway(tmp_path / "home", own_nats, **environment) as gateway:
+    secret = "s3cret-of-the-cluster"
+    with running_gateway(tmp_path / "home", own_nats, SHOAL_BIND="0.0.0.0", SHOAL_SECRET=secret) as gateway:
         async with httpx2.AsyncClient(base_url=gateway.url, trust_env=False) as http:
             for method, path in ROUTES:
                 expected = 200 if path == "/health" else 401

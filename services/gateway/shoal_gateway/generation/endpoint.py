@@ -24,7 +24,7 @@ from shoal_gateway.generation.generation import Generation, start_generation
 from shoal_gateway.generation.instance_selection import select_instance
 from shoal_gateway.generation.token_stream import StopScanner
 from shoal_gateway.http_errors import as_shoal_error, shoal_error_body
-from shoal_gateway.rest.http_json import cancel_on_disconnect, json_response, read_body
+from shoal_gateway.rest.http_json import cancel_on_disconnect, json_response
 
 log = StructuredLogger("chat")
 
@@ -44,7 +44,7 @@ class ChatJob(msgspec.Struct, frozen=True):
 async def chat_completions(request: Request) -> Response:
     """`POST /v1/chat/completions`."""
     gateway = gateway_of(request)
-    job = _to_job(gateway, openai.parse_request(await read_body(request)))
+    job = _to_job(gateway, openai.parse_request(await request.body()))
     if job.request.stream:
         return ChatStreamResponse(gateway, job)
     return await cancel_on_disconnect(request.receive, _complete(gateway, job))

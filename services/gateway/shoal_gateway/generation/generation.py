@@ -13,6 +13,7 @@ from shoal_common.bus import subjects
 from shoal_common.bus.keys import liveness_key, stage_key
 from shoal_common.bus.kv_mirror import any_changed
 from shoal_common.errors import BadMessage, Cancelled, Expired, ShoalError, StageLost, from_body
+from shoal_common.http.errors import TooLarge
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages import decode, encode
 from shoal_common.messages.envelope import Empty
@@ -20,7 +21,6 @@ from shoal_common.messages.generation import Accepted, CancelGenerate, Generate,
 from shoal_common.messages.instances import InstanceSpec, StageState
 from shoal_common.messages.liveness import LivenessRecord
 from shoal_gateway.context import GatewayContext
-from shoal_gateway.errors import TooLarge
 from shoal_gateway.generation.instance_selection import lost_stage_reason
 from shoal_gateway.generation.token_stream import TokenReorderBuffer
 from shoal_gateway.http_errors import as_shoal_error

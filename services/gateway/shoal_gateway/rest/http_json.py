@@ -1,4 +1,4 @@
-"""Read and answer requests: bodies with a size limit, JSON both ways, and detection of client disconnects."""
+"""Read and answer requests: JSON both ways, and detection of client disconnects."""
 
 from __future__ import annotations
 
@@ -12,11 +12,8 @@ from starlette.responses import Response
 from starlette.types import Receive
 
 from shoal_common.messages import decode
-from shoal_gateway.errors import TooLarge
 
 T = TypeVar("T")
-
-MAX_BODY_BYTES = 8 << 20
 
 
 def to_json_with_defaults(value: Any) -> Any:
@@ -36,29 +33,9 @@ def json_response(value: object, status: int = 200, headers: Mapping[str, str] |
     return Response(body, status, {"Cache-Control": "no-store", **(headers or {})}, "application/json")
 
 
-def _too_large() -> TooLarge:
-    return TooLarge(
-        f"the request body is larger than {MAX_BODY_BYTES} bytes, the most that is accepted",
-        limit_bytes=MAX_BODY_BYTES,
-    )
-
-
-async def read_body(request: Request) -> bytes:
-    """Return the whole body. Raises TooLarge as soon as its size is known."""
-    declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > MAX_BODY_BYTES:
-        raise _too_large()
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY_BYTES:
-            raise _too_large()
-    return bytes(body)
-
-
 async def read_body_as(request: Request, kind: type[T]) -> T:
     """Return the body decoded as `kind`. Raises BadMessage naming the wrong field."""
-    return decode(await read_body(request), kind)
+    return decode(await request.body(), kind)
 
 
 async def cancel_on_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:

@@ -3,14 +3,46 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import resource
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import uvicorn
 
+from shoal_common.http.bounded_protocol import BoundedHttpProtocol, HttpRules, protocol_of
+from shoal_common.http.bounds import fit_to_files
+
 _TICK_INTERVAL_S = 1.0
 """Maximum age of the Date header in its responses."""
+
+
+def http_config(
+    app: Any,
+    rules: HttpRules,
+    protocol: type[BoundedHttpProtocol] = BoundedHttpProtocol,
+    keep_alive_s: int = 5,
+    graceful_shutdown_s: int = 5,
+) -> uvicorn.Config:
+    """Return the configuration of a server of an ASGI application, within the files that this process may open."""
+    max_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if max_files != resource.RLIM_INFINITY:
+        rules.bounds = fit_to_files(rules.bounds, max_files)
+    return uvicorn.Config(
+        app,
+        http=protocol_of(protocol, rules=rules),
+        ws="none",
+        lifespan="off",
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        proxy_headers=False,
+        backlog=rules.bounds.backlog,
+        timeout_keep_alive=keep_alive_s,
+        timeout_graceful_shutdown=graceful_shutdown_s,
+    )
 
 
 class HttpServer(uvicorn.Server):
@@ -21,6 +53,8 @@ class HttpServer(uvicorn.Server):
     ) -> None:
         super().__init__(config)
         self._stopping, self._on_started = stopping, on_started
+        # Errors that a hostile client can cause are not worth a log line each; this server's own are.
+        logging.getLogger("uvicorn").setLevel(logging.ERROR)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
