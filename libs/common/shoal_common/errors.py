@@ -69,7 +69,9 @@ class ShoalError(Exception):
     def __init__(self, message: str, /, **details: Any) -> None:
         self.message = redact(message)
         super().__init__(self.message)
-        self.details = {name: redact(value) if isinstance(value, str) else value for name, value in details.items()}
+        self.details: dict[str, Any] = {
+            name: redact(value) if isinstance(value, str) else value for name, value in details.items()
+        }
 
     def body(self) -> ErrorBody:
         """Return this error as it crosses the wire."""
