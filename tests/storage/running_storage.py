@@ -36,6 +36,7 @@ from shoal_common.rpc.request_reply import RpcClient, RpcEndpoint, serve
 from shoal_common.store.store_paths import StorePaths
 from tests.harness.nats import Joined, NatsServer, joined
 from tests.harness.process import Process, node_environment, started
+from tests.harness.waiting import eventually
 from tests.storage.store_fixtures import Model, put
 
 T = TypeVar("T")
@@ -163,6 +164,19 @@ class Node:
             after = message.seq or 0
             found.append((str(message.subject).rsplit(".", 1)[-1], decode(message.data or b"", dict[str, Any])))
         return found
+
+    async def wait_events(self, *names: str) -> None:
+        """Return once these are all events so far. An event may follow the state that it is about."""
+        found: list[str] = []
+
+        async def are_all() -> bool:
+            found[:] = [name for name, _ in await self.events()]
+            return found == list(names)
+
+        try:
+            await eventually(are_all, f"the events are {names}", WAIT_TIMEOUT_S)
+        except AssertionError:
+            raise AssertionError(f"the events are {found}, not {names}") from None
 
 
 @asynccontextmanager

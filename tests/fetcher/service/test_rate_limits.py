@@ -40,6 +40,12 @@ async def limit(here: Pulls, node: str, **settings: int | None) -> None:
     assert outcome.ok and settings.items() <= outcome.result.items(), outcome
 
 
+async def limit_from_start(site: Site, here: Pulls, **settings: int | None) -> None:
+    """The same for node a, whose fetcher then starts with these: a running one hears of them some time later."""
+    await limit(here, "a", **settings)
+    await site["a"].restart(here.here, "fetcher")
+
+
 async def test_a_hub_limit_holds_all_downloads_and_is_lifted_at_once(site: Site) -> None:
     """One byte a second: any byte that passes is wrong. No clock is read."""
     half = BIG_BYTES // 2
@@ -47,7 +53,7 @@ async def test_a_hub_limit_holds_all_downloads_and_is_lifted_at_once(site: Site)
     site.make({"model.safetensors": noise(BIG_BYTES, site.repo + "p")}, f"{site.repo}-by-peer")
     async with site.join() as here:
         await here.pull_ok("b", f"{site.repo}-by-peer")
-        await limit(here, "a", max_hub_bytes_per_s=1)
+        await limit_from_start(site, here, max_hub_bytes_per_s=1)
         pull = await here.begin("a")
 
         async def asked() -> bool:
@@ -69,7 +75,7 @@ async def test_a_peer_limit_is_of_peers_alone(site: Site) -> None:
     site.make({"model.safetensors": noise(4 * LEAF_BYTES, site.repo + "h")}, f"{site.repo}-by-hub")
     async with site.join() as here:
         await here.pull_ok("b")
-        await limit(here, "a", max_peer_bytes_per_s=1)
+        await limit_from_start(site, here, max_peer_bytes_per_s=1)
         pull = await here.begin("a")
         await here.state("a", lambda s: s.phase == "fetching")
         await here.pull_ok("a", f"{site.repo}-by-hub")

@@ -83,7 +83,7 @@ async def test_I4_a_library_is_offered_and_served_and_never_written(
             disk = await node.storage_state()
             assert (disk.used_bytes, disk.blob_count, disk.model_count) == (0, 0, 0), "nothing of it is the store's"
             assert disk.libraries == [LibraryState(path=str(root), model_count=1)]
-            assert [name for name, _ in await node.events()] == ["library_model_found"]
+            await node.wait_events("library_model_found")
 
             reserved = await node.reserve(THEIRS.manifest)
             assert (
@@ -167,11 +167,7 @@ async def test_removing_a_library_removes_our_records_and_no_files(
         assert files_below(node.layout.root) == {"libraries/verified.json"}
         text = (node.home / "node.toml").read_text()
         assert "# mine" in text and "# theirs" in text and "# the NAS" in text and "libraries" not in text
-        assert [name for name, _ in await node.events()] == [
-            "library_model_found",
-            "library_model_removed",
-            "settings_changed",
-        ]
+        await node.wait_events("library_model_found", "library_model_removed", "settings_changed")
     assert snapshot_tree(cache) == before
 
 
