@@ -53,7 +53,7 @@ class Start(_IpcMessage, frozen=True, kw_only=True):
     """Longest silence of the ring towards a request, and longest single forward pass."""
     prefill_chunk_tokens: int = 2048
     frame_timeout_s: float = 10.0
-    """For a handshake, for writing a frame, and for the rest of one whose first byte has come."""
+    """For connecting, for writing a frame, and for the rest of one whose first byte has come."""
     idle_limit_s: float = 0.0
     """After this long without a frame a request's caches are dropped; 0 means 4 * step_timeout_s."""
     max_requests: int = MAX_REQUESTS_PER_INSTANCE

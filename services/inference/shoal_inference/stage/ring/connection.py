@@ -19,6 +19,8 @@ from shoal_inference.stage.ring.frames import HEADER_BYTES, MAX_PAYLOAD_BYTES, F
 READ_BUFFER_BYTES = 4 * 1024 * 1024
 WRITE_BUFFER_BYTES = 8 * 1024 * 1024
 """Unsent bytes beyond which `send` waits for the peer. Each request adds at most its window of frames."""
+HANDSHAKE_TIMEOUT_S = 3.0
+"""A neighbour proves itself within a round trip; a stranger holds a connection no longer than this."""
 KEEPALIVE_IDLE_S = 15
 KEEPALIVE_INTERVAL_S = 5
 KEEPALIVE_PROBES = 3
@@ -133,10 +135,13 @@ async def _open(sock: socket.socket) -> tuple[asyncio.StreamReader, asyncio.Stre
 async def accept(
     sock: socket.socket, member: handshake.Member, ring: bytes, timeout_s: float, max_payload_bytes: int
 ) -> Connection:
-    """The acceptor's half of the handshake on a connected socket; closes it and raises LinkError if it fails."""
+    """The acceptor's half of the handshake on a connected socket; closes it and raises LinkError if it fails.
+
+    `timeout_s` is the deadline of frames; the handshake's is HANDSHAKE_TIMEOUT_S if that is shorter.
+    """
     reader, writer = await _open(sock)
     try:
-        async with _mapped("shaking hands", timeout_s):
+        async with _mapped("shaking hands", min(timeout_s, HANDSHAKE_TIMEOUT_S)):
             nonce = os.urandom(handshake.NONCE_BYTES)
             writer.write(handshake.challenge(nonce))
             size = int.from_bytes(await reader.readexactly(2), "little")

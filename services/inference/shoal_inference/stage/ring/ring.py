@@ -19,8 +19,10 @@ from shoal_inference.stage.ring.connection import Connection
 from shoal_inference.stage.ring.frames import Frame
 from shoal_inference.stage.ring.handshake import Member
 
-MAX_HANDSHAKES = 8
-"""Unauthenticated connections at a time; more wait in the listen backlog."""
+MAX_HANDSHAKES = 64
+"""Unauthenticated connections at a time: the oldest makes room for a new one."""
+MAX_HANDSHAKES_PER_ADDRESS = 16
+_REJECTIONS_LOG_INTERVAL_S = 60.0
 _RECONNECT_BACKOFF = Backoff(0.05, 2.0)
 
 log = StructuredLogger("stage.ring")
@@ -146,7 +148,9 @@ class Predecessor:
         self._down = down
         self._on_frame = on_frame
         self._live: Connection | None = None
-        self._handshakes = asyncio.Semaphore(MAX_HANDSHAKES)
+        self._handshakes: dict[asyncio.Task[None], str] = {}
+        """The address of each unauthenticated connection, the oldest first."""
+        self._logged_refused: tuple[float, int] | None = None
         self.refused = 0
 
     @property
@@ -167,26 +171,39 @@ class Predecessor:
         loop = asyncio.get_running_loop()
         async with asyncio.TaskGroup() as group:
             while True:
-                await self._handshakes.acquire()
                 try:
                     sock, address = await loop.sock_accept(listener)
                 except OSError as error:
                     # Out of descriptors, or a peer that left before it was accepted: the listener itself is well.
-                    self._handshakes.release()
                     log.warning("cannot accept a connection", reason=str(error))
                     await asyncio.sleep(_RECONNECT_BACKOFF.first_s)
                     continue
-                group.create_task(self._serve(sock, f"{address[0]}:{address[1]}"))
+                self._make_room(address[0])
+                task = group.create_task(self._serve(sock, f"{address[0]}:{address[1]}"))
+                self._handshakes[task] = address[0]
+                await asyncio.sleep(0)  # it has begun, and closes its socket if it is cancelled
+
+    def _make_room(self, address: str) -> None:
+        """End the oldest handshake if there are too many: a stranger's idle connections keep nobody out."""
+        own = [task for task, other in self._handshakes.items() if other == address]
+        if len(own) >= MAX_HANDSHAKES_PER_ADDRESS:
+            own[0].cancel()
+        elif len(self._handshakes) >= MAX_HANDSHAKES:
+            next(iter(self._handshakes)).cancel()
 
     async def _serve(self, sock: socket.socket, peer: str) -> None:
+        task = asyncio.current_task()
+        assert task is not None
         try:
             fresh = await connection.accept(sock, self._member, self._ring, self._timeout_s, self._max_payload_bytes)
         except (LinkError, OSError) as error:
-            self.refused += 1
-            log.warning("connection rejected", peer=peer, reason=str(error))
+            self._refuse(peer, str(error))
             return
+        except asyncio.CancelledError:
+            self._refuse(peer, "too many unauthenticated connections")
+            raise
         finally:
-            self._handshakes.release()
+            del self._handshakes[task]
         if self._live is not None:
             # The predecessor would not connect again had it not lost the old connection, and what was on it.
             self._drop(self._live, LinkClosed("it connected again"))
@@ -199,6 +216,15 @@ class Predecessor:
             self._drop(fresh, error)
         finally:
             fresh.break_off(LinkClosed("closed"))
+
+    def _refuse(self, peer: str, reason: str) -> None:
+        """Count it, and log it unless one was logged lately: strangers must not fill the log."""
+        self.refused += 1
+        now_s = asyncio.get_running_loop().time()
+        logged_s, logged = self._logged_refused or (-_REJECTIONS_LOG_INTERVAL_S, 0)
+        if now_s - logged_s >= _REJECTIONS_LOG_INTERVAL_S:
+            self._logged_refused = (now_s, self.refused)
+            log.warning("connection rejected", peer=peer, reason=reason, unlogged=self.refused - logged - 1)
 
     def _drop(self, old: Connection, reason: LinkError) -> None:
         if self._live is old:
