@@ -18,7 +18,7 @@ from shoal_common.bus.kv_bucket import Buckets
 from shoal_common.bus.kv_mirror import KvMirror
 from shoal_common.concurrency.backoff import Backoff
 from shoal_common.config import Config
-from shoal_common.errors import InternalError, ShoalError, StageLost, Unavailable, from_body
+from shoal_common.errors import InternalError, ShoalError, StageLost, Unavailable, Unsupported, from_body
 from shoal_common.host.addresses import non_loopback
 from shoal_common.host.credentials import derive
 from shoal_common.host.interfaces import InterfaceMonitor
@@ -94,7 +94,10 @@ class StageRunner:
         return self._state.phase == "ready"
 
     async def run(self) -> None:
-        """Fetch, load and serve; restart after each death of the process, with back-off. Ends by cancellation."""
+        """Fetch, load and serve; restart after each death of the process, with back-off. Ends by cancellation.
+
+        A model that this version does not support is tried once.
+        """
         deaths = 0
         loop = asyncio.get_running_loop()
         while True:
@@ -116,8 +119,10 @@ class StageRunner:
             )
             self._fail_accepting(error)
             await self._publish_state(phase="failed", error=error.body(), address="", links=[], uid="")
-            if self._kill_reason is not None:
-                await asyncio.Event().wait()  # until the instance is stopped or moved, which cancels this task
+            if self._kill_reason is not None or isinstance(error, Unsupported):
+                # Another attempt would fail in the same way: wait until the instance is stopped or moved, which
+                # cancels this task.
+                await asyncio.Event().wait()
             await asyncio.sleep(_RESPAWN_BACKOFF.delay_s(deaths))
 
     def kill_for_memory(self, error: ShoalError) -> None:

@@ -42,6 +42,7 @@ def engines(model_dir: Path, cuts: tuple[int, ...]) -> list[Engine]:
         )
         made.append(Engine(start))
         made[-1].load()
+        made[-1].load_tokenizer(frozenset())
     return made
 
 

@@ -4,6 +4,7 @@ StageError
 ├── FatalError              ends the child: `Fatal`, exit status 1
 │   ├── UnsupportedArchitecture
 │   ├── LoadFailed          files missing or damaged, or a context that nobody states
+│   ├── UnusableTokenizer   the tokenizer aborts, loops, or takes too much memory
 │   ├── ComputeStuck        one forward pass outlived its deadline: its thread cannot be stopped
 │   └── BadControl          the parent said something that does not decode, or in the wrong order
 └── LinkError               ends one connection; requests that needed it end with StageLost
@@ -46,6 +47,12 @@ class UnsupportedArchitecture(FatalError):
 
 class LoadFailed(FatalError):
     """The model's files are missing, damaged or incomplete."""
+
+
+class UnusableTokenizer(FatalError):
+    """The tokenizer aborts, loops, or takes too much memory."""
+
+    meaning = Unsupported
 
 
 class ComputeStuck(FatalError):

@@ -99,12 +99,15 @@ async def _serve(channel: Channel, level: str) -> None:
     if start.lock:
         await hold(start.lock)
     core = StagePipeline(start, channel.emit)
-    async with asyncio.TaskGroup() as group:
-        lead = Rank0Driver(core, group) if start.rank == 0 else None
-        _join_ring(core, lead, group)
-        group.create_task(_load(core))
-        while True:
-            await _obey(await channel.receive(), core, lead)
+    try:
+        async with asyncio.TaskGroup() as group:
+            lead = Rank0Driver(core, group) if start.rank == 0 else None
+            _join_ring(core, lead, group)
+            group.create_task(_load(core))
+            while True:
+                await _obey(await channel.receive(), core, lead)
+    finally:
+        await core.encoder.close()
 
 
 def _check(start: Start) -> None:
@@ -162,7 +165,15 @@ def _join_ring(core: StagePipeline, lead: Rank0Driver | None, group: asyncio.Tas
 
 async def _load(core: StagePipeline) -> None:
     """Without a deadline: a large model on a slow disk takes minutes, and the parent watches."""
-    loaded = await asyncio.wrap_future(core.thread.executor.submit(core.engine.load))
+    rank, last = core.start.rank, core.start.stages - 1
+    async with asyncio.TaskGroup() as group:
+        tokenizer = group.create_task(core.encoder.load()) if rank in (0, last) else None
+        loaded = await asyncio.wrap_future(core.thread.executor.submit(core.engine.load))
+    if tokenizer is not None:
+        # What the encoder has survived is safe to load here too.
+        await asyncio.wrap_future(core.thread.executor.submit(core.engine.load_tokenizer, tokenizer.result()))
+    if rank > 0:
+        await core.encoder.close()
     core.emit(loaded)
     core.loaded.set()
 

@@ -95,12 +95,14 @@ class Engine:
     def __init__(self, start: Start) -> None:
         self._start = start
         self._shard: LoadedShard | None = None
+        self._config: dict[str, Any] = {}
         self._tokenizer: mlx_lm_adapter.Tokenizer | None = None
+        self._eos_token_ids: frozenset[int] = frozenset()
         self._sessions: dict[bytes, _SessionState] = {}
         self.context_tokens = 0
 
     def load(self) -> Loaded:
-        """Read config, own weights and, on the first and last rank, the tokenizer; raises FatalError."""
+        """Read config and own weights; raises FatalError."""
         begun_s = monotonic()
         start, model_dir = self._start, Path(self._start.model_dir)
         if not (model_dir / "config.json").is_file():
@@ -120,12 +122,7 @@ class Engine:
             )
         mx.clear_cache()
         weights_bytes = mx.get_active_memory()
-        if shard.is_first or shard.is_last:
-            try:
-                self._tokenizer = mlx_lm_adapter.Tokenizer(model_dir, config)
-            except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-                raise LoadFailed(f"cannot load the tokenizer of {model_dir}: {error}") from error
-        self._shard = shard
+        self._shard, self._config = shard, config
         return Loaded(
             weight_bytes=shard.weight_bytes,
             active_bytes=weights_bytes,
@@ -135,22 +132,36 @@ class Engine:
             model_type=model_type,
         )
 
-    def plan(self, ask: Generate) -> prefill.PrefillPlan:
-        """Rank 0: tokenise and admit. Raises BadInput, PromptTooLong."""
-        shard, tokenizer = self._ready()
+    def load_tokenizer(self, eos_token_ids: frozenset[int]) -> None:
+        """On the last rank, read the tokenizer, which decodes; it has been tried in a process of its own.
+
+        `eos_token_ids`: what the encoder read, for the first rank. Raises LoadFailed.
+        """
+        self._eos_token_ids = eos_token_ids
+        if self._start.rank == self._start.stages - 1:
+            model_dir = Path(self._start.model_dir)
+            try:
+                self._tokenizer = mlx_lm_adapter.Tokenizer(model_dir, self._config)
+            except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+                raise LoadFailed(f"cannot load the tokenizer of {model_dir}: {error}") from error
+
+    def plan(self, ask: Generate, prompt: Sequence[int]) -> prefill.PrefillPlan:
+        """Rank 0: admit. Raises BadInput, PromptTooLong."""
+        if self._shard is None:
+            raise InternalError("the stage has not loaded its model yet")
         return prefill.admit(
             ask,
-            tokenizer.encode(ask),
+            prompt,
             context_tokens=self.context_tokens,
-            vocabulary=shard.vocabulary,
-            stop_token_ids=tokenizer.eos_token_ids,
+            vocabulary=self._shard.vocabulary,
+            stop_token_ids=self._eos_token_ids,
         )
 
     def open(self, session: bytes, ask: Open) -> None:
         """Begin a request with empty caches."""
-        if self._shard is None:
+        if self._shard is None or (self._shard.is_last and self._tokenizer is None):
             raise InternalError("the stage has not loaded its model yet")
-        answer = _Sampler(ask, self._ready()[1]) if self._shard.is_last else None
+        answer = None if self._tokenizer is None else _Sampler(ask, self._tokenizer)
         self._sessions[session] = _SessionState(self._shard.make_caches(), answer)
 
     def run(self, session: bytes, given: Sequence[int] | Hidden, sample: bool) -> Hidden | TokenEvent | None:
@@ -193,11 +204,6 @@ class Engine:
             mx.random.seed(step_seed(answer.ask.seed, answer.index))
         token: Any = answer.sampler(shard.log_probabilities(h)).item()
         return answer.take(int(token))
-
-    def _ready(self) -> tuple[LoadedShard, mlx_lm_adapter.Tokenizer]:
-        if self._shard is None or self._tokenizer is None:
-            raise InternalError("the stage has not loaded its model, or has no tokenizer")
-        return self._shard, self._tokenizer
 
 
 P = ParamSpec("P")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import mlx.core as mx
-from jinja2 import TemplateError
 from mlx import utils as mlx_utils
 from mlx_lm import sample_utils as _untyped_sample_utils
 from mlx_lm import utils as _untyped_utils
@@ -15,7 +15,7 @@ from mlx_lm.models import base as _untyped_base
 from mlx_lm.models import cache as _untyped_cache
 
 from shoal_common.errors import BadInput
-from shoal_common.messages.generation import ChatMessage, Generate
+from shoal_common.messages.generation import ChatMessage
 
 # mlx-lm has py.typed and no annotations worth the name; as Any its calls are not checked against guesses.
 utils: Any = _untyped_utils
@@ -103,12 +103,31 @@ class Detokenizer:
         return segment
 
 
+def check_decoder(decoder: object) -> None:
+    """Raise ValueError unless decoding takes time and memory in proportion to the tokens: a pattern of a `Replace`
+    must be a plain string, its replacement no longer."""
+    if isinstance(decoder, list):
+        for part in decoder:
+            check_decoder(part)
+    elif isinstance(decoder, dict):
+        check_decoder(list(decoder.values()))
+        if "pattern" in decoder:
+            pattern, content = decoder["pattern"], str(decoder.get("content", ""))
+            plain = pattern.get("String") if isinstance(pattern, dict) else None
+            if plain is None or len(content.encode()) > len(plain.encode()):
+                raise ValueError(f"the tokenizer's decoder replaces {pattern} by {content[:80]!r}: not supported")
+
+
 class Tokenizer:
     """The model's tokenizer, chat template and end-of-text ids."""
 
     def __init__(self, model_dir: Path, config: Mapping[str, Any]) -> None:
         # mlx-lm takes a path that does not exist for a repository and downloads it: the caller has checked.
         self._inner: Any = utils.load_tokenizer(model_dir, eos_token_ids=config.get("eos_token_id"))
+        # Decoding runs on the thread that computes.
+        backend = getattr(self._inner, "backend_tokenizer", None)
+        if backend is not None and backend.decoder is not None:
+            check_decoder(json.loads(backend.decoder.__getstate__()))
 
     @property
     def eos_token_ids(self) -> frozenset[int]:
@@ -119,17 +138,15 @@ class Tokenizer:
         """A fresh one, for one answer."""
         return Detokenizer(self._inner.detokenizer)
 
-    def encode(self, ask: Generate) -> tuple[int, ...]:
-        """Token ids of a prompt; raises BadInput."""
-        if ask.prompt_tokens or not ask.messages:
-            return tuple(ask.prompt_tokens)
-        return self._chat(ask.messages)
-
-    def _chat(self, chat: Sequence[ChatMessage]) -> tuple[int, ...]:
+    def render(self, chat: Sequence[ChatMessage]) -> str:
+        """The text that the chat template makes of a conversation; raises BadInput, or what the template raises."""
         if not self._inner.has_chat_template:
             raise BadInput("the model has no chat template: send token ids, or use an instruct model")
         turns = [{"role": message.role, "content": message.content} for message in chat]
-        try:
-            return tuple(self._inner.apply_chat_template(turns, add_generation_prompt=True))
-        except (TemplateError, ValueError, TypeError, KeyError) as error:
-            raise BadInput(f"the model's chat template rejects the messages: {error}") from error
+        text: str = self._inner.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        return text
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of a text with its special tokens in it."""
+        tokens: list[int] = self._inner.encode(text, add_special_tokens=False)
+        return tokens

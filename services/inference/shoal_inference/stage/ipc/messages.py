@@ -51,6 +51,8 @@ class Start(_IpcMessage, frozen=True, kw_only=True):
     """Shared by the ring's stages, base64 in JSON. Proves membership at connect; frames are not encrypted."""
     step_timeout_s: float = 60.0
     """Longest silence of the ring towards a request, and longest single forward pass."""
+    encode_cpu_s: float = 10.0
+    """Computing time within which a prompt must be rendered and tokenized."""
     prefill_chunk_tokens: int = 2048
     frame_timeout_s: float = 10.0
     """For connecting, for writing a frame, and for the rest of one whose first byte has come."""

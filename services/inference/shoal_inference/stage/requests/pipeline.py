@@ -13,6 +13,8 @@ from shoal_common.errors import ErrorBody, InternalError, ShoalError, StageLost
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages.generation import TokenEvent
 from shoal_inference.stage.compute.engine import Engine, Hidden, MlxThread, P, R
+from shoal_inference.stage.encoder.messages import EncoderLimits
+from shoal_inference.stage.encoder.process import PromptEncoder
 from shoal_inference.stage.errors import ComputeStuck, LinkError
 from shoal_inference.stage.ipc.messages import FromChild, Linked, Start, Unlinked
 from shoal_inference.stage.requests.pass_timing import Passes
@@ -52,6 +54,7 @@ class StagePipeline:
         self.ring = ring_tag(start.instance, start.epoch)
         self.engine = Engine(start)
         self.thread = MlxThread()
+        self.encoder = PromptEncoder(start.model_dir, EncoderLimits(cpu_s=start.encode_cpu_s))
         self.requests = RequestTable(self.engine, self.thread, emit)
         self.loaded = asyncio.Event()
         self.successor: Successor | None = None
@@ -80,7 +83,7 @@ class StagePipeline:
             return await asyncio.wrap_future(future)
         except (ShoalError, asyncio.CancelledError):
             raise
-        except Exception as error:  # a request is owed its end, whatever MLX raised
+        except BaseException as error:  # a request is owed its end, whatever MLX raised; a Rust panic is no Exception
             log.error("computing failed", exc=error)
             raise InternalError(
                 f"rank {self.start.rank} could not compute: {type(error).__name__}: {error}"

@@ -98,7 +98,8 @@ class Rank0Driver:
         try:
             await self._take_slot()
             try:
-                plan = await self._core.on_thread(self._core.engine.plan, ask)
+                prompt = await self._encode(ask)
+                plan = await self._core.on_thread(self._core.engine.plan, ask, prompt)
                 accepted = Accepted(request=ask.request, prompt_tokens=plan.prompt_tokens)
                 self._core.emit(RequestAccepted(accepted=accepted))
                 if plan.ended is not None:
@@ -120,6 +121,12 @@ class Rank0Driver:
                 self._slots.release()
         except ShoalError as error:
             self._core.fail_request(entry, error)
+
+    async def _encode(self, ask: Generate) -> Sequence[int]:
+        if ask.prompt_tokens or not ask.messages:
+            return ask.prompt_tokens
+        await self._core.loaded.wait()
+        return await self._core.encoder.encode(ask.messages)
 
     async def _take_slot(self) -> None:
         # The client has an answer's end before word of it is back here: that must not refuse its next request.
