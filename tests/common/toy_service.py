@@ -1,8 +1,10 @@
 """A minimal service for tests.
 
 TOY makes it misbehave: `crash` (one of its tasks fails once it is ready), `deaf` (it never stops by itself), `tidy`
-(a background task cleans up for longer than a second), `stuck` (it is deaf to a cancellation too).
-TOY_STOP_DEADLINE_S, TOY_CLEANUP_DEADLINE_S and TOY_ACK_WAIT_S shorten what a test would otherwise wait for.
+(a background task cleans up for longer than a second), `stuck` (it is deaf to a cancellation too), `blocked` (its
+shared threads never return).
+TOY_STOP_DEADLINE_S, TOY_CLEANUP_DEADLINE_S, TOY_ACK_WAIT_S and TOY_BLOCKED_TIMEOUT_S shorten what a test would
+otherwise wait for.
 Its command `work` creates a file and never ends; if the file exists already, it succeeds. So the first delivery can
 be killed in the middle, and told from the second. Its command `save` completes once begun, in more than a second.
 """
@@ -12,11 +14,13 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+import threading
 from contextlib import suppress
 from pathlib import Path
 
 from shoal_common import service
 from shoal_common.concurrency import cancellation
+from shoal_common.host import sd_notify
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages import WireStruct
 from shoal_common.messages.envelope import Command
@@ -101,6 +105,9 @@ async def run(context: service.ServiceContext) -> None:
             context.run_in_background(tasks, _tidy_up_at_the_end())
         if mode == "stuck":
             await _never_end()
+        if mode == "blocked":
+            for _ in range(64):
+                tasks.create_task(asyncio.to_thread(threading.Event().wait))
         if mode == "deaf":
             await asyncio.Event().wait()
         await context.stopping.wait()
@@ -111,4 +118,5 @@ if __name__ == "__main__":
     cleanup_deadline_s = os.environ.get("TOY_CLEANUP_DEADLINE_S")
     cancellation.CLEANUP_DEADLINE_S = float(cleanup_deadline_s or cancellation.CLEANUP_DEADLINE_S)
     command_worker.ACK_WAIT_S = float(os.environ.get("TOY_ACK_WAIT_S") or command_worker.ACK_WAIT_S)
+    sd_notify.BLOCKED_TIMEOUT_S = float(os.environ.get("TOY_BLOCKED_TIMEOUT_S") or sd_notify.BLOCKED_TIMEOUT_S)
     sys.exit(service.main("storage", run))

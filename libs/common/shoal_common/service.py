@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Literal, overload
 
@@ -50,6 +51,8 @@ _SIGNAL_REPEAT_S = 0.5
 MIRROR_DEADLINE_S = 30.0
 STORE_CHECKS = Backoff(1.0, 30.0)
 """Often at first: what was published since the last check is not missed when it is lost."""
+_SHARED_THREADS = 32
+"""Of the loop, however few cores there are: some hash for minutes. What may hang has threads of its own."""
 
 
 class ServiceContext:
@@ -180,6 +183,7 @@ async def _find_lost_buckets(
 
 
 async def _run(config: Config, environ: Mapping[str, str], run: Callable[[ServiceContext], Awaitable[None]]) -> None:
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_SHARED_THREADS, "shared"))
     supervisor = ServiceManagerNotifier(environ)
     stopping = asyncio.Event()
     main_task = asyncio.current_task()

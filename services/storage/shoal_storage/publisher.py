@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 
 from nats.errors import Error as NatsError
 
 from shoal_common.bus.keys import model_key, shard_key, storage_key
 from shoal_common.bus.kv_mirror import KvMirror, any_changed
+from shoal_common.concurrency.threads import DaemonCalls
 from shoal_common.errors import ShoalError, Unavailable
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages import encode
@@ -32,6 +34,7 @@ log = StructuredLogger("storage")
 MAX_FOREIGN_PATHS = 5
 RETRY_INTERVAL_S = 5.0
 """Between a pass that failed and the next one."""
+_VOLUMES_DEADLINE_S = 10.0
 
 
 class StatePublisher:
@@ -52,6 +55,7 @@ class StatePublisher:
         self._state = context.service.buckets.state
         self._model_mirror, self._storage_mirror = model_mirror, storage_mirror
         self._libraries, self._volumes = libraries, volumes
+        self._calls, self._volume_states = DaemonCalls(), list[VolumeState]()
         self._revisions: dict[str, int] = {}
         self._overridden_by_env = overridden_by_env(changeable(StorageSettings), context.service.environ)
         self._published: StorageState | None = None
@@ -135,7 +139,9 @@ class StatePublisher:
 
     async def _publish_storage(self) -> None:
         free = await asyncio.to_thread(self._context.store.free_bytes)
-        volumes = await asyncio.to_thread(self._volumes)
+        with suppress(TimeoutError):  # a disk does not answer: as it was, until its volume is detached
+            self._volume_states = await self._calls.run("volumes", self._volumes, _VOLUMES_DEADLINE_S)
+        volumes = self._volume_states
         state = self._storage_state(free, volumes)
         if state != self._published:
             await self._put_or_delete(storage_key(self._node), state)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from pathlib import Path
 
+from shoal_common.concurrency.threads import DaemonCalls, start_daemon_call
 from shoal_common.errors import BadInput, ShoalError
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages.storage import VolumeState
@@ -29,6 +31,8 @@ log = StructuredLogger("volumes")
 
 CHECK_INTERVAL_S = 5.0
 """Between two checks which volumes are mounted."""
+ANSWER_DEADLINE_S = 10.0
+"""A volume whose disk does not answer within this is as good as unmounted."""
 
 
 def open_volumes(store: Store, settings: StorageSettings) -> dict[str, str]:
@@ -79,6 +83,7 @@ class VolumeManager:
         self._context, self._store, self._ledger = context, context.store, context.ledger
         self._reconciler, self._errors = reconciler, errors
         self._update_lock = asyncio.Lock()
+        self._calls, self._opening = DaemonCalls(), dict[str, asyncio.Future[Volume | str]]()
 
     def reject_unusable(self, settings: StorageSettings) -> None:
         """Raise BadInput, AlreadyRunning or Unsupported for unusable new volumes, before saving them. Blocking."""
@@ -111,10 +116,10 @@ class VolumeManager:
         """Detach volumes that are missing or no longer configured; attach configured ones that are mounted."""
         async with self._update_lock:
             given_paths = self._context.settings.volumes
-            configured = {resolve_path(given_path): given_path for given_path in given_paths}
+            configured = {await self._resolve(given_path): given_path for given_path in given_paths}
             changed = False
             for volume_id, volume in list(self._store.volumes.items()):
-                if volume.path not in configured or not await asyncio.to_thread(volume.is_mounted):
+                if volume.path not in configured or not await self._is_mounted(volume):
                     await self._detach(volume_id, volume.path)
                     changed = True
             if not await asyncio.to_thread(self._store.is_present):
@@ -129,6 +134,29 @@ class VolumeManager:
             await self._reconciler.scan()
             await self._context.publishing.publish_soon()
 
+    async def _resolve(self, given_path: str) -> Path:
+        """Return the path with symbolic links resolved; as it is given while its disk does not answer."""
+        try:
+            return await self._calls.run(
+                ("resolve", given_path), partial(resolve_path, given_path), ANSWER_DEADLINE_S
+            )
+        except TimeoutError:
+            return Path(given_path)
+
+    async def _is_mounted(self, volume: Volume) -> bool:
+        try:
+            return await self._calls.run(("is mounted", volume.id), volume.is_mounted, ANSWER_DEADLINE_S)
+        except TimeoutError:
+            return False
+
+    async def _open(self, given_path: str) -> Volume | str:
+        """Open a volume. What opens after the deadline is found at the next attempt."""
+        opening = self._opening.pop(given_path, None) or start_daemon_call(_open, self._store, given_path)
+        if (await asyncio.wait({opening}, timeout=ANSWER_DEADLINE_S))[0]:
+            return opening.result()
+        self._opening[given_path] = opening
+        return "its disk does not answer"
+
     async def _detach(self, volume_id: str, path: Path) -> None:
         async with self._context.section as held:
             incomplete = await asyncio.to_thread(detach_volume, self._store, self._ledger, volume_id)
@@ -138,7 +166,7 @@ class VolumeManager:
 
     async def _attach(self, given_path: str) -> bool:
         """Attach a volume; return whether its state has changed, a new error included."""
-        volume = await asyncio.to_thread(_open, self._store, given_path)
+        volume = await self._open(given_path)
         if isinstance(volume, str):
             if self._errors.get(given_path) != volume:
                 self._errors[given_path] = volume

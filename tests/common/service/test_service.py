@@ -108,6 +108,13 @@ async def test_systemd_hears_of_ready_watchdog_and_stopping(home: Home, tmp_path
             assert await toy.wait_exit() == 0
 
 
+async def test_a_service_whose_shared_threads_hang_ends_itself(home: Home) -> None:
+    environment = home.environment(TOY="blocked", TOY_BLOCKED_TIMEOUT_S="7")
+    async with started(TOY, environment=environment) as toy:
+        assert await toy.wait_exit() == 1
+        assert any("Timeout (0:00:07)!" in line for line in toy.lines), "with a trace of every thread"
+
+
 async def test_a_supervisor_that_does_not_listen_is_no_reason_to_fail(home: Home, tmp_path: Path) -> None:
     environment = home.environment(NOTIFY_SOCKET=str(tmp_path / "nobody"), WATCHDOG_USEC="300000")
     async with started(TOY, environment=environment) as toy:

@@ -1,5 +1,5 @@
 """Notifications for the service manager: systemd, by sd_notify(3). launchd and `shoal up` have no watchdog; under
-them a blocked event loop ends its own process, with a trace of where it is blocked.
+them a process whose event loop or shared threads are blocked ends itself, with a trace of where they are.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ import faulthandler
 import socket
 from collections.abc import Mapping
 
-_BLOCKED_TIMEOUT_S = 60.0
-_WATCHDOG_INTERVAL_S = 5.0
+from shoal_common.concurrency.threads import shared_threads_work
+
+BLOCKED_TIMEOUT_S = 60.0
+WATCHDOG_INTERVAL_S = 5.0
 
 
 class ServiceManagerNotifier:
@@ -34,14 +36,16 @@ class ServiceManagerNotifier:
                 return
 
     async def watchdog_forever(self) -> None:
-        """Keep the watchdog satisfied while the event loop runs."""
+        """Keep the watchdog satisfied while the event loop runs and its shared threads do what they are given."""
         if self._watchdog_s:
             while True:
+                await shared_threads_work()
                 self.notify("WATCHDOG=1")
                 await asyncio.sleep(self._watchdog_s / 3)
         try:
             while True:
-                faulthandler.dump_traceback_later(_BLOCKED_TIMEOUT_S, exit=True)
-                await asyncio.sleep(_WATCHDOG_INTERVAL_S)
+                faulthandler.dump_traceback_later(BLOCKED_TIMEOUT_S, exit=True)
+                await asyncio.sleep(WATCHDOG_INTERVAL_S)
+                await shared_threads_work()
         finally:
             faulthandler.cancel_dump_traceback_later()

@@ -17,6 +17,7 @@ from shoal_common import VERSION
 from shoal_common.bus.keys import liveness_key
 from shoal_common.bus.kv_bucket import Bucket
 from shoal_common.bus.streams import LIVE_TTL_S
+from shoal_common.concurrency.threads import shared_threads_work
 from shoal_common.errors import AlreadyRunning, Unavailable
 from shoal_common.host.addresses import non_loopback
 from shoal_common.host.process_identity import is_dead, this_process
@@ -128,14 +129,19 @@ class Liveness:
             await asyncio.sleep(_CLAIM_POLL_S)
 
     async def renew_forever(self) -> None:
-        """Renew the key at every interval of the node. Raises AlreadyRunning if another process has taken it."""
+        """Renew the key at every interval of the node, while the loop's shared threads work.
+
+        Raises AlreadyRunning if another process has taken it.
+        """
         while True:
             try:
                 async with asyncio.timeout(next_beat_in_s(self._node, time.monotonic())):
                     await self._renew_requested.wait()
             except TimeoutError:
                 pass
-            if self._read_links is not None:
+            if self._read_links is None:
+                await shared_threads_work()
+            else:
                 links = await asyncio.to_thread(self._read_links)
                 addresses = [link.address for link in non_loopback(links)]
                 self.set_facts(structs.replace(self.facts, links=links, addresses=addresses))

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
+from shoal_common.concurrency.threads import DaemonCalls
 from shoal_common.errors import DiskFull
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages.liveness import NodeFacts
@@ -24,6 +25,7 @@ A = TypeVar("A")
 log = StructuredLogger("storage")
 
 _CHECK_INTERVAL_S = 5.0
+_ANSWER_DEADLINE_S = 10.0
 
 
 class DiskFullHandler:
@@ -31,7 +33,7 @@ class DiskFullHandler:
 
     def __init__(self, context: StorageContext, evictions: EvictionExecutor) -> None:
         self._context, self._store, self._ledger = context, context.store, context.ledger
-        self._evictions = evictions
+        self._evictions, self._calls = evictions, DaemonCalls()
         self._has_evicted = False
         """A plan was carried out since there was last enough space: what it deleted may still be open somewhere."""
         self._was_full = False
@@ -138,7 +140,7 @@ class DiskFullHandler:
                 )
             else:
                 log.info("the disk has space again", free_bytes=free)
-        return free + await asyncio.to_thread(self._free_on_other_disks)
+        return free + await self._calls.run("other disks", self._free_on_other_disks, _ANSWER_DEADLINE_S)
 
     def _free_on_other_disks(self) -> int:
         volumes_by_device = {volume.device: volume for volume in list(self._store.volumes.values())}

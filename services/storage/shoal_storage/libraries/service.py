@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Mapping
+from functools import partial
 
 import msgspec
 from msgspec import structs
 
+from shoal_common.concurrency.threads import DaemonCalls, start_daemon_call
 from shoal_common.errors import ShoalError
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages.manifest import Manifest
@@ -64,7 +66,7 @@ class LibraryService:
         self._libraries = context.settings.libraries
         self._layout = context.store.layout
         self._scans: dict[str, _LibraryScan] = {}
-        self._scanning: dict[str, asyncio.Task[_LibraryScan]] = {}
+        self._scanning = DaemonCalls()
         self._verified: dict[str, VerifiedFile] = {}
         self._acceptance = AcceptanceResult()
         self._unusable: dict[str, str] = {}
@@ -170,13 +172,10 @@ class LibraryService:
     # Scanning
 
     async def _scan(self, library: str) -> _LibraryScan:
-        # One scan per library at a time: a hanging file system blocks one thread, not one more each time.
-        task = self._scanning.get(library)
-        if task is None:
-            task = self._scanning[library] = asyncio.create_task(asyncio.to_thread(self._scan_blocking, library))
-            task.add_done_callback(lambda _: self._scanning.pop(library, None))
-        done, _ = await asyncio.wait({task}, timeout=_SCAN_DEADLINE_S)
-        scan = task.result() if done else _LibraryScan(library, error="it does not answer")
+        try:
+            scan = await self._scanning.run(library, partial(self._scan_blocking, library), _SCAN_DEADLINE_S)
+        except TimeoutError:
+            scan = _LibraryScan(library, error="it does not answer")
         before = self._scans.get(library)
         if scan.error and (before is None or before.error != scan.error):
             log.warning("library cannot be scanned", library=library, error=scan.error)
@@ -219,7 +218,7 @@ class LibraryService:
                     raise _HashAborted
 
             try:
-                digests = await asyncio.to_thread(hash_file, file, check_needed)
+                digests = await start_daemon_call(hash_file, file, check_needed)
             except _HashAborted:
                 return
             except OSError as e:
