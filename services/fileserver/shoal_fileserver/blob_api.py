@@ -13,7 +13,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import ParamSpec, TypeVar
 from urllib.parse import parse_qs
 
 from starlette.datastructures import Headers
@@ -36,9 +39,12 @@ from shoal_fileserver.http.sendfile import FILE_SENDER_KEY, FileSender
 from shoal_fileserver.send_history import InFlightLeaves, SendHistory
 
 log = StructuredLogger("fileserver")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 MAX_LEAF_LIST_BYTES = 1 << 20
 """Maximum part of a leaf list per request: the list of 32 GiB."""
+_OPENING_THREADS = 8
 _TYPE = "application/octet-stream"
 _NOT_HERE = "this node does not hold that blob, verified"
 
@@ -51,6 +57,12 @@ class BlobApi:
     ) -> None:
         self._layout, self._node, self._secret = layout, node, secret
         self._fast_path, self._sent, self._limiter = fast_path, sent, limiter
+        self._opening = ThreadPoolExecutor(_OPENING_THREADS, "open")
+
+    async def _opened(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Open a file. Not in a shared thread: a blob may be in a library whose file system hangs."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._opening, partial(call, *args, **kwargs))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle a request for the paths above, as an ASGI application."""
@@ -87,7 +99,7 @@ class BlobApi:
 
     async def blob(self, method: str, headers: Headers, blob: str, named: Mapping[str, str]) -> Response:
         """Respond with a blob or the requested range of it, adding these headers. Raises BadName, OSError."""
-        content = await asyncio.to_thread(open_content, self._layout, blob)
+        content = await self._opened(open_content, self._layout, blob)
         size, response_headers = content.size_bytes, {**content.headers, **named}
         byte_range = _requested_range(headers, response_headers["ETag"], size)
         start, end = (byte_range.start, byte_range.end) if isinstance(byte_range, ByteRange) else (0, size)
@@ -123,7 +135,7 @@ class BlobApi:
         if not (max_leaves.isascii() and max_leaves.isdigit() and len(max_leaves) < 9 and int(max_leaves) > 0):
             return error_response(400, "max_leaves is not a number of leaves from 1 on")
         body = await _body(receive)
-        content = await asyncio.to_thread(open_content, self._layout, blob)
+        content = await self._opened(open_content, self._layout, blob)
         size = content.size_bytes
         if len(body) != -(-leaf_count(size) // 8):
             content.close()
@@ -140,7 +152,7 @@ class BlobApi:
 
     async def _list(self, scope: Scope, blob: str) -> Response:
         """Respond with a page of a leaf list."""
-        leaf_list = await asyncio.to_thread(open_leaf_list, self._layout, blob)
+        leaf_list = await self._opened(open_leaf_list, self._layout, blob)
         try:
             size = leaf_list.size_bytes
             # Without a digest the list grows between pages: it must not be cached.

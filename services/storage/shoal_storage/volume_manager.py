@@ -31,8 +31,8 @@ log = StructuredLogger("volumes")
 
 CHECK_INTERVAL_S = 5.0
 """Between two checks which volumes are mounted."""
-ANSWER_DEADLINE_S = 10.0
-"""A volume whose disk does not answer within this is as good as unmounted."""
+ANSWER_DEADLINE_S = 30.0
+"""A volume whose disk does not answer within this is as good as unmounted; one that has to spin up takes 15 s."""
 
 
 def open_volumes(store: Store, settings: StorageSettings) -> dict[str, str]:

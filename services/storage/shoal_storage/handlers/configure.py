@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from shoal_common.concurrency.threads import start_daemon_call
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages.storage import Configure
 from shoal_common.settings.declaration import Value
@@ -37,7 +38,7 @@ class ConfigureCommand:
 
     async def _change(self, changes: dict[str, Value]) -> dict[str, object]:
         async with self._lock:
-            settings = await asyncio.to_thread(self._write, changes)
+            settings = await start_daemon_call(self._write, changes)  # it looks at volumes, which may hang
             before, self._context.settings = values_by_key(self._context.settings), settings
             await self._volumes.update()
             await self._libraries.use_libraries(settings.libraries)
