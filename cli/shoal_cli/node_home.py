@@ -1,13 +1,15 @@
 """A node's directory: where its files are, and the lock of its one supervisor.
 
+Directories have mode 0700 and files 0600: another user of the machine reads none of it.
+
 <home>/
   node.toml                  the node's id and the settings
-  secret                     0600: the cluster's secret
-  chat_history               0600: lines typed into `shoal run`
+  secret                     the cluster's secret
+  chat_history               lines typed into `shoal run`
   nats/                      JetStream's store, on the node that runs NATS
   store/                     the models
   log/<service>.log[.1|.2]   of each service, NATS and the supervisor
-  run/                       0700, of this run only:
+  run/                       of this run only:
     lock                       flock: held by the supervisor while it lives
     supervisor.pid  children.json  gateway.url
     control.path               where the control socket is
@@ -23,9 +25,8 @@ import secrets
 from pathlib import Path
 
 from shoal_common.errors import AlreadyRunning
+from shoal_common.host.private_files import make_home, make_private_directory
 from shoal_common.redaction import remember_secret
-
-_PRIVATE = 0o700
 
 
 class Home:
@@ -50,10 +51,10 @@ class Home:
         return self.logs / f"{name}.log"
 
     def create(self) -> None:
-        """Create what is missing. Only this user may enter `run`: its sockets take commands."""
-        for directory in (self.root, self.logs, self.run):
-            directory.mkdir(parents=True, exist_ok=True)
-        self.run.chmod(_PRIVATE)
+        """Create what is missing. Only this user may enter: sockets in `run` take commands, logs hold prompts."""
+        make_home(self.root)
+        for directory in (self.logs, self.run):
+            make_private_directory(directory)
 
     def clear_run(self) -> None:
         """Remove the files of a run. Call it only while holding the lock."""

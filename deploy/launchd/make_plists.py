@@ -10,12 +10,15 @@ prints lines for /etc/newsyslog.d, which only an administrator can install.
 from __future__ import annotations
 
 import argparse
+import os
 import plistlib
 import sys
 from pathlib import Path
 from typing import Any
 
 SERVICES = ("storage", "fetcher", "fileserver", "placement", "inference", "gateway")
+PRIVATE_UMASK = 0o077
+"""Only this user may read logs and plists."""
 STOP_S = 35
 """launchd's default of 20 s is less than `shoal up` may need: 17 s for the services, 10 s for NATS."""
 
@@ -33,6 +36,7 @@ def agent(name: str, arguments: list[str], home: Path, environ: dict[str, str]) 
         # Without this macOS slows down what has no window.
         "ProcessType": "Interactive",
         "WorkingDirectory": str(home),
+        "Umask": PRIVATE_UMASK,
         "StandardOutPath": str(home / "log" / f"{name}.launchd.log"),
         "StandardErrorPath": str(home / "log" / f"{name}.launchd.log"),
     }
@@ -62,17 +66,18 @@ def main() -> int:
     parser.add_argument("--per-service", action="store_true")
     parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="SHOAL_NATS=…, SHOAL_BIND=…")
     given = parser.parse_args()
+    os.umask(PRIVATE_UMASK)
     environ = dict(pair.split("=", 1) for pair in given.env if "=" in pair)
     home = given.home.expanduser().absolute()
     (home / "log").mkdir(parents=True, exist_ok=True)
     given.into.mkdir(parents=True, exist_ok=True)
     for name, plist in agents(given.venv.expanduser().absolute(), home, given.per_service, environ).items():
         path = given.into / f"org.shoal.{name}.plist"
-        path.touch(mode=0o600)
+        path.touch()
         path.write_bytes(plistlib.dumps(plist))
         sys.stdout.write(f"launchctl bootstrap gui/$(id -u) {path}\n")
         if given.per_service:
-            sys.stderr.write(f"# /etc/newsyslog.d/shoal.conf: {plist['StandardErrorPath']} 640 3 10240 * N\n")
+            sys.stderr.write(f"# /etc/newsyslog.d/shoal.conf: {plist['StandardErrorPath']} 600 3 10240 * N\n")
     return 0
 
 

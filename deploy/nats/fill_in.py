@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
+import os
 import socket
 import sys
 from pathlib import Path
@@ -47,6 +48,7 @@ def main() -> int:
     if open_to_others and not secret:
         sys.stderr.write(f"beyond loopback a secret is needed in {secret_file}: `openssl rand -hex 24`\n")
         return 2
+    os.umask(0o077)
     (given.home / "run").mkdir(parents=True, exist_ok=True)
     sys.stdout.write(fill_in(given.home.absolute(), given.bind, given.port, given.name, secret))
     return 0

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 
 def notify(state: str) -> None:
@@ -46,6 +47,8 @@ def main(behaviour: str) -> int:
         # The stage of an instance: nothing tells it to end but its group.
         stage = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
         print(f"stage {stage.pid}", file=sys.stderr, flush=True)
+    if behaviour == "writes":
+        (Path(os.environ["SHOAL_HOME"]) / "written").write_text("as every child does")
     if behaviour == "gateway":
         server = http.server.HTTPServer(("127.0.0.1", int(os.environ["SHOAL_GATEWAY_PORT"])), Health)
         threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -26,6 +26,8 @@ from shoal_cli.node_home import Home, RunLock
 from shoal_common import logs
 from shoal_common.config import ensure_node_id, read_settings_file
 from shoal_common.errors import BadInput, InternalError, from_body
+from shoal_common.host.own_process import set_up_process
+from shoal_common.host.private_files import open_private
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages import decode
 from shoal_common.redaction import remember_secrets
@@ -70,6 +72,7 @@ def run_node(
 ) -> None:
     """Supervise the node until it is told to stop. Raises ShoalError when it cannot start."""
     remember_secrets({**environ, "SHOAL_NATS": ",".join(options.nats) or environ.get("SHOAL_NATS", "")})
+    set_up_process()
     home = Home(Path(options.home))
     lock = RunLock(home)
     lock.acquire()
@@ -129,7 +132,7 @@ def _in_background(options: UpOptions, environ: Mapping[str, str], out: Console,
     """
     home = Home(Path(options.home))
     home.create()
-    with home.log("supervisor").open("ab") as log_file:
+    with os.fdopen(open_private(home.log("supervisor"), os.O_WRONLY | os.O_APPEND), "ab") as log_file:
         process = subprocess.Popen(
             [sys.executable, "-m", "shoal_cli.node.daemonize", options.home],
             stdin=subprocess.PIPE,

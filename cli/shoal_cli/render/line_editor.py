@@ -7,6 +7,8 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from shoal_common.host.private_files import make_private_directory, open_private
+
 try:
     import readline
 except ImportError:  # Python can be built without it: lines then have no history
@@ -36,8 +38,8 @@ class LineEditor:
             readline.set_history_length(_MAX_HISTORY_LINES)
             # Prompts are private: readline would create the file readable by all.
             with suppress(OSError):
-                history.parent.mkdir(parents=True, exist_ok=True)
-                os.close(os.open(history, os.O_WRONLY | os.O_CREAT, 0o600))
+                make_private_directory(history.parent)
+                os.close(open_private(history, os.O_WRONLY))
 
     def next_line(self) -> str | None:
         """Return the next line; None at Ctrl-D. Ctrl-C discards the line and says how to leave."""

@@ -19,7 +19,6 @@ import ipaddress
 import os
 import secrets
 import socket
-import stat
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -32,6 +31,7 @@ from shoal_common.bus.subjects import ANY
 from shoal_common.errors import BadInput, BadName
 from shoal_common.host import addresses
 from shoal_common.host.interfaces import Interface
+from shoal_common.host.private_files import FILE_MODE, make_private_directory, open_private
 from shoal_common.messages.liveness import NodeAddress
 from shoal_common.names import check_node, node_id_from_hostname
 from shoal_common.settings.node import StorageSettings
@@ -109,7 +109,7 @@ def ensure_node_id(home: Path, hostname: str | None = None) -> str:
     It is durable before it is used, so that after a crash the cluster does not know a node by an id that the node has
     lost.
     """
-    home.mkdir(parents=True, exist_ok=True)
+    make_private_directory(home)
     # All services of a node may start for the first time at once: one creates the id, the others read it.
     with settings_locked(home):
         settings = read_settings_file(home)
@@ -135,13 +135,12 @@ def settings_locked(home: Path) -> Iterator[None]:
 
 
 def write_settings(home: Path, data: bytes) -> None:
-    """Replace this home's node.toml durably, or leave the old one. The file's mode stays: it may hold a secret."""
+    """Replace this home's node.toml durably, or leave the old one. It is private: it may hold a secret."""
     path = settings_path(home).resolve()  # the file may be a link
     new = path.with_suffix(".new")
     try:
-        with new.open("wb") as f:
-            if path.exists():
-                os.fchmod(f.fileno(), stat.S_IMODE(path.stat().st_mode))
+        with os.fdopen(open_private(new, os.O_WRONLY | os.O_TRUNC), "wb") as f:
+            os.fchmod(f.fileno(), FILE_MODE)  # what a killed process left may have another
             f.write(data)
             f.flush()
             os.fsync(f.fileno())

@@ -33,6 +33,8 @@ from shoal_common.concurrency.cancellation import DetachedTasks, cancel_and_wait
 from shoal_common.config import Config, read_config
 from shoal_common.errors import ShoalError, Unavailable
 from shoal_common.host.interfaces import InterfaceMonitor
+from shoal_common.host.own_process import set_up_process
+from shoal_common.host.private_files import make_home
 from shoal_common.host.sd_notify import ServiceManagerNotifier
 from shoal_common.liveness.compatibility import CompatibleLiveMirror, check_cluster_version
 from shoal_common.liveness.liveness import Liveness
@@ -270,12 +272,14 @@ def main(service: str, run: Callable[[ServiceContext], Awaitable[None]]) -> int:
     """Run a service to its end and return the exit code: 0, or that of the error that ended it."""
     environ = dict(os.environ)
     remember_secrets(environ)
+    set_up_process()
     try:
         config = read_config(service, environ)
     except ShoalError as e:
         print(f"shoal {service}: {e.message}", file=sys.stderr)  # noqa: T201  # logging is not set up yet
         return e.exit_code
     logs.configure_logging(service, config.node, config.log_level)
+    make_home(config.home)
     finish = telemetry.set_up(service, config.node, environ)
     try:
         asyncio.run(_run(config, environ, run))

@@ -17,6 +17,7 @@ from tomlkit.items import Array, Comment, InlineTable, Table, Trivia
 
 from shoal_common.config import read_settings_file, settings_locked, settings_path, write_settings
 from shoal_common.errors import InternalError, Refused
+from shoal_common.host.private_files import make_private_directory
 from shoal_common.settings.declaration import Value
 
 T = TypeVar("T")
@@ -31,7 +32,7 @@ def change_settings(
     holds all of it already is not touched. Raises BadInput for a file that is not TOML, Refused for a section that
     cannot be changed without changing more, Failed if the file cannot be written. Blocks.
     """
-    home.mkdir(parents=True, exist_ok=True)
+    make_private_directory(home)
     path = settings_path(home)
     with settings_locked(home):
         before = read_settings_file(home)

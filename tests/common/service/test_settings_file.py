@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import stat
 import tomllib
 from pathlib import Path
 
@@ -138,14 +137,6 @@ def test_what_is_so_already_is_not_written_again(tmp_path: Path) -> None:
     change(tmp_path, {"headroom_bytes": 5, "max_storage_bytes": None})
     after = (tmp_path / "node.toml").stat()
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
-
-
-def test_I12_the_settings_files_mode_is_kept(tmp_path: Path) -> None:
-    path = tmp_path / "node.toml"
-    path.write_text('nats = ["nats://the-secret@host:4222"]\n')
-    path.chmod(0o600)
-    change(tmp_path, {"headroom_bytes": 5})
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
 def test_a_link_to_the_file_stays_a_link(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import stat
 
 import psutil
 
@@ -42,6 +43,10 @@ async def test_one_node_pulls_each_byte_once_and_its_view_is_the_model(site: Sit
         assert site.hub_bytes() == distinct
         assert state == await here.state_now("a")
         await here.no_lease_is_left()
+        layout = site["a"].layout
+        assert stat.S_IMODE(layout.root.stat().st_mode) == 0o700
+        readable = [p for p in layout.root.rglob("*") if p.is_file() and p.stat().st_mode & 0o077]
+        assert {p.parts[len(layout.root.parts)] for p in readable} == {"blobs", "views"}
 
 
 async def test_I12_the_hubs_token_is_not_sent_with_redirected_files(site: Site) -> None:

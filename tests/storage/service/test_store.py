@@ -18,6 +18,7 @@ from shoal_storage.store.partials import delete_partial, has_partial
 from shoal_storage.store.store import Store
 from shoal_storage.store.tombstones import begin_delete, finish_delete
 from shoal_storage.store.views import build_view
+from tests.harness.modes import open_to_others, usual_umask
 from tests.harness.process import source_path
 from tests.storage.store_fixtures import Model, StoreFixture, files_below, files_of, put, sha256
 
@@ -66,6 +67,22 @@ def test_a_blob_is_read_only(root: Path, apples: Model) -> None:
     store = StoreFixture(root)
     store.bring_in(apples)
     assert {p.stat().st_mode & 0o777 for p in store.layout.blobs.glob("*/*")} == {0o444}
+
+
+def test_nothing_but_blobs_has_a_mode_for_others(root: Path, apples: Model) -> None:
+    with usual_umask():
+        store = StoreFixture(root)
+        store.bring_in(apples)
+        store.reserve(apples)
+    of_blobs = {str(p.relative_to(root)) for p in (*store.layout.blobs.rglob("*"), *store.layout.views.rglob("*"))}
+    assert [p for p in open_to_others(root) if p.split(" ", 1)[1] not in of_blobs] == []
+    del store
+    # As an older version made them.
+    for directory in (root, root / "partial", root / "views"):
+        directory.chmod(0o755)
+    (root / "VERSION").chmod(0o644)
+    StoreFixture(root)
+    assert not [p for p in open_to_others(root) if p.split(" ", 1)[1] in (".", "partial", "views", "VERSION")]
 
 
 def test_a_file_of_a_view_is_its_blob_not_a_copy(root: Path, apples: Model) -> None:

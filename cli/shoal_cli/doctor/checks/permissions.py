@@ -1,4 +1,4 @@
-"""Who owns the home and the store, who can read its secrets, and whether this user can write. Pure."""
+"""Who owns the home and the store, who can read what is in it, and whether this user can write. Pure."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class PathPermission(msgspec.Struct, frozen=True, kw_only=True):
     mode: int
     owner: str
     private: bool = False
-    """Whether only its owner may read it."""
+    """Whether only its owner should be able to read it."""
     writable: bool = True
     """By this user."""
 
@@ -60,9 +60,9 @@ def check(facts: PermissionFacts) -> list[Finding]:
         wrong.append(Finding(CHECK, "problem", what, remedy, others[0]))
     for entry in facts.entries:
         if entry.private and entry.mode & _GROUP_AND_OTHERS:
-            what = f"{entry.path} has mode {entry.mode:04o}: other users of this machine can read the secret in it"
+            what = f"{entry.path} has mode {entry.mode:04o}: other users of this machine can read what is in it"
             wrong.append(Finding(CHECK, "problem", what, f"`chmod go= {entry.path}`", entry.path))
         if not entry.writable and not is_foreign and entry.path not in others:
             what = f"{facts.user} cannot write {entry.path} (mode {entry.mode:04o})"
             wrong.append(Finding(CHECK, "problem", what, f"`chmod u+rwX {entry.path}`", entry.path))
-    return or_ok(CHECK, wrong, f"{facts.home} is {facts.owner}'s, only its owner can read its secrets")
+    return or_ok(CHECK, wrong, f"{facts.home} is {facts.owner}'s, only its owner can read what is in it")

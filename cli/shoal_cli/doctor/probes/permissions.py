@@ -11,6 +11,7 @@ from pathlib import Path
 from shoal_cli.doctor.checks.permissions import PathPermission, PermissionFacts
 from shoal_cli.doctor.probes.local_node import LocalNode
 from shoal_cli.node_home import Home
+from shoal_common.host.private_files import private_paths
 from shoal_common.store.store_paths import StorePaths
 
 
@@ -31,12 +32,8 @@ def probe(local: LocalNode) -> PermissionFacts:
 
 def _paths(home: Home, store: Path) -> Iterator[tuple[Path, bool]]:
     layout = StorePaths(store)
-    yield home.root, False
-    yield home.run, True
-    for name in ("secret", "chat_history", "environment", "environment.fetcher", "nats-server.conf"):
-        yield home.root / name, True
-    for path in (home.root / "node.toml", home.logs, home.nats_store, store):
-        yield path, False
+    for path in (home.root, *private_paths(home.root), store):
+        yield path, True
     for path in (layout.lock, layout.blobs, layout.partials, layout.manifests, layout.views, layout.tombstones):
         yield path, False
 

@@ -8,6 +8,8 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from shoal_common.host.private_files import open_private
+
 MAX_BYTES = 10 << 20
 MAX_FILES = 3
 MAX_LINE_BYTES = 64 << 10
@@ -47,7 +49,7 @@ class RotatingLog:
                 self._fd = -1
 
     def _open(self) -> None:
-        self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o640)
+        self._fd = open_private(self.path, os.O_WRONLY | os.O_APPEND)
         self._size_bytes = os.fstat(self._fd).st_size
 
     def _rotate(self) -> None:

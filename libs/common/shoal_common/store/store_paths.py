@@ -51,6 +51,11 @@ class StorePaths:
         paths = [path for path in vars(self).values() if isinstance(path, Path) and path != self.root]
         return {path.relative_to(self.root).parts[0] for path in paths}
 
+    @property
+    def top_paths(self) -> list[Path]:
+        """The store's directory, and its own files and directories at its top level."""
+        return [self.root, *(self.root / name for name in sorted(self.top_names))]
+
     def blob(self, sha256: str) -> Path:
         """Return a blob's file."""
         return self.blobs / check_blob(sha256)[:2] / sha256

@@ -6,6 +6,7 @@ import os
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+from shoal_common.host.private_files import open_private
 from shoal_common.store.disk_full import map_disk_full
 from shoal_fetcher.errors import ReservationLost
 
@@ -27,7 +28,7 @@ def probe_disk(directory: Path) -> None:
     path = directory / "probe"
     with map_full_disk_of(directory):
         try:
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+            fd = open_private(path, os.O_WRONLY | os.O_TRUNC)
         except FileNotFoundError:
             raise ReservationLost(f"the reservation of blob {directory.name[:16]}… is gone") from None
         try:

@@ -6,6 +6,8 @@ import errno
 import os
 from pathlib import Path
 
+from shoal_common.host.private_files import DIRECTORY_MODE, open_private
+
 
 def fsync_path(path: Path) -> None:
     """Make a file's bytes, or a directory's entries, durable."""
@@ -25,7 +27,7 @@ def make_directory(directory: Path, within: Path | None = None) -> None:
         if directory == within:
             raise FileNotFoundError(errno.ENOENT, "the directory is missing", str(within))
         make_directory(directory.parent, within)
-        directory.mkdir(exist_ok=True)
+        directory.mkdir(DIRECTORY_MODE, exist_ok=True)
         fsync_path(directory.parent)
 
 
@@ -41,7 +43,7 @@ def replace_file(path: Path, data: bytes, mtime_ns: int | None = None) -> None:
 def replace_file_unsynced(path: Path, data: bytes, mtime_ns: int | None = None) -> None:
     """Like `replace_file`, but the directory entry is durable only after the directory is synced."""
     new_path = path.with_name(f".{path.name}.new")
-    with new_path.open("wb") as f:
+    with os.fdopen(open_private(new_path, os.O_WRONLY | os.O_TRUNC), "wb") as f:
         f.write(data)
         f.flush()
         if mtime_ns is not None:

@@ -20,6 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from shoal_common.errors import BadMessage, BadName, InternalError
+from shoal_common.host.private_files import open_private
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages import WireStruct, decode, encode
 from shoal_common.names import ModelId
@@ -182,7 +183,7 @@ def iter_model_files(directory: Path) -> Iterator[tuple[ModelId, Path]]:
 def _touch(path: Path, mtime_s: float | None = None) -> None:
     """Make an empty file, or set its mtime, durably."""
     make_directory(path.parent)
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+    fd = open_private(path, os.O_WRONLY)
     try:
         if mtime_s is not None:
             ns = round(mtime_s * _US_PER_S) * _NS_PER_US  # a float of seconds has microsecond precision

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from shoal_common.errors import Corrupt, Unavailable
+from shoal_common.host.private_files import DIRECTORY_MODE
 from shoal_common.messages import WireStruct, encode
 from shoal_common.names import ModelId
 from shoal_common.store import leaf_set
@@ -29,7 +30,7 @@ class PartialMeta(WireStruct):
     """The leaves wanted by each model that does not want the whole blob, `[first, last)` each."""
 
 
-PARTIAL_MODE = 0o644
+PARTIAL_MODE = 0o600
 
 
 def allocated_bytes(store: Store, blob: str, size_bytes: int) -> int:
@@ -66,7 +67,7 @@ def write_partial(
     """Make a partial blob's directory, or change which models reserve it, and which leaves each wants."""
     store.require_volume(blob)
     directory = store.layout.partial(blob)
-    directory.mkdir(exist_ok=True)
+    directory.mkdir(DIRECTORY_MODE, exist_ok=True)
     if not (directory / "data").exists():
         for claims in ("have", "ready", "leaves"):  # they describe data that is gone
             (directory / claims).unlink(missing_ok=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from shoal_common.errors import Unavailable, Unsupported
+from shoal_common.host.private_files import deny_others
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages.manifest import Manifest
 from shoal_common.store.blob_lookup import find_blob
@@ -45,6 +46,7 @@ class Store:
         paths = self.layout
         check_locks_hold(paths.root.resolve(), mounts())
         make_directory(paths.root)
+        deny_others(paths.top_paths)
         self._lock = take_lock(paths.lock, f"the store at {paths.root}", f"pid {os.getpid()}")
         if not write_stamp("0" * 64, paths.lock):
             raise Unsupported(

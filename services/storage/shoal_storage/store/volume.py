@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from shoal_common.errors import BadInput, ShoalError, Unsupported
+from shoal_common.host.private_files import DIRECTORY_MODE, deny_others
 from shoal_common.logs import StructuredLogger
 from shoal_common.store.blob_lookup import read_volumes
 from shoal_common.store.mounts import NETWORK_FILE_SYSTEMS, file_system_of, mounts
@@ -98,7 +99,7 @@ def open_volume(
     if not volume_id:
         reject_same_disk(path, others)
     if not path.exists() and path.parent.is_dir():
-        path.mkdir()
+        path.mkdir(DIRECTORY_MODE)
         fsync_path(path.parent)
     lock = take_lock(paths.lock, f"the volume at {path}", f"the store at {store.root}, pid {os.getpid()}")
     try:
@@ -109,6 +110,8 @@ def open_volume(
             )
         for directory in (paths.blobs, paths.partials, paths.tombstones, paths.quarantine):
             make_directory(directory)
+        # Not the directory itself, which may be a whole disk with other people's files.
+        deny_others(path for path in paths.top_paths if path != paths.root)
         if not volume_id:
             volume_id = os.urandom(_ID_BYTES).hex()
             replace_file(paths.version, f"further {VOLUME_VERSION} {volume_id}".encode())

@@ -1,0 +1,74 @@
+"""What only its owner may use: a node's home, its store, and every file in them. Blocking.
+
+The umask of each process (`own_process.py`) keeps new files private. The functions here are for what a command
+creates before such a process runs, and for what an older version left readable by others.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+
+from shoal_common.logs import StructuredLogger
+
+log = StructuredLogger("private_files")
+
+PRIVATE_UMASK = 0o077
+DIRECTORY_MODE = 0o700
+FILE_MODE = 0o600
+
+_HOME_DIRECTORIES = ("log", "run", "nats", "store")
+_HOME_FILES = (
+    "node.toml",
+    "node.id",
+    "secret",
+    "chat_history",
+    "device.json",
+    "environment",
+    "environment.fetcher",
+    "nats-server.conf",
+)
+
+
+def make_private_directory(path: Path) -> None:
+    """Create a directory that only its owner may enter, and missing parents; make an existing one private."""
+    path.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
+    deny_others([path])
+
+
+def make_home(home: Path) -> None:
+    """Create a node's home, or make private what an older version left readable by others."""
+    make_private_directory(home)
+    deny_others(private_paths(home))
+
+
+def private_paths(home: Path) -> list[Path]:
+    """Return what is in a home and should be its owner's alone; not all of it exists."""
+    logs = home / "log"
+    return [
+        *(home / name for name in (*_HOME_DIRECTORIES, *_HOME_FILES)),
+        *(sorted(logs.iterdir()) if logs.is_dir() else ()),
+    ]
+
+
+def deny_others(paths: Iterable[Path]) -> None:
+    """Take group's and others' permissions from those of these files and directories that exist.
+
+    What belongs to another user stays as it is and is logged: the node works all the same.
+    """
+    for path in paths:
+        try:
+            mode = stat.S_IMODE(path.stat().st_mode)
+            if mode & PRIVATE_UMASK:
+                path.chmod(mode & ~PRIVATE_UMASK)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as e:
+            log.warning("cannot make this private; other users may read it", path=path, reason=e.strerror)
+
+
+def open_private(path: Path, flags: int) -> int:
+    """Open a file by os.open; a new one is its owner's alone, whatever the umask."""
+    return os.open(path, flags | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
