@@ -19,6 +19,7 @@ from shoal_cli.command_app import GroupHelp
 from shoal_cli.commands.options import GatewayOption, HomeOption
 from shoal_cli.errors import permission_denied_message, usage_message
 from shoal_common.errors import BadInput, Denied, ShoalError
+from shoal_common.host.file_kinds import wrong_kind
 from shoal_common.redaction import redact, remember_secrets
 
 _INTERRUPTED = 130
@@ -120,8 +121,17 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     except PermissionError as e:
         return _fail(e, permission_denied_message(e), Denied.exit_code, environ)
+    except OSError as e:
+        named = wrong_kind(e)
+        if named is None:
+            return _fail(e, _unexpected(e), 1, environ)
+        return _fail(e, named.message, named.exit_code, environ)
     except Exception as e:  # noqa: BLE001  # people get one line, never a traceback; SHOAL_DEBUG shows it
-        return _fail(e, f"{type(e).__name__}: {e}; SHOAL_DEBUG=1 shows the traceback", 1, environ)
+        return _fail(e, _unexpected(e), 1, environ)
+
+
+def _unexpected(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}; SHOAL_DEBUG=1 shows the traceback"
 
 
 def _fail(error: BaseException, message: str, code: int, environ: Mapping[str, str]) -> int:

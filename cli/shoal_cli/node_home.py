@@ -4,6 +4,7 @@ Directories have mode 0700 and files 0600: another user of the machine reads non
 
 <home>/
   node.toml                  the node's id and the settings
+  node.id                    the id again: a node that loses node.toml is not taken for another one
   secret                     the cluster's secret
   chat_history               lines typed into `shoal run`
   nats/                      JetStream's store, on the node that runs NATS
@@ -24,7 +25,8 @@ import os
 import secrets
 from pathlib import Path
 
-from shoal_common.errors import AlreadyRunning
+from shoal_common.errors import AlreadyRunning, BadInput
+from shoal_common.host.file_kinds import read_text_file
 from shoal_common.host.private_files import make_home, make_private_directory
 from shoal_common.redaction import remember_secret
 
@@ -62,10 +64,20 @@ class Home:
             file.unlink(missing_ok=True)
 
     def read_secret(self) -> str:
-        """Return the cluster's secret, or "" without one."""
+        """Return the cluster's secret, or "" without one. Raises BadInput for an emptied file."""
         secret = read_or_empty(self.secret)
+        if not secret and self.secret.exists():
+            raise BadInput(
+                f"{self.secret} is empty, and held the cluster's secret: copy it from another node's home, or remove "
+                "the file if this node has no cluster"
+            )
         remember_secret(secret)
         return secret
+
+    def read_pid(self) -> int:
+        """Return the pid in `supervisor.pid`; 0 without one. It may be of a run that has ended."""
+        text = read_or_empty(self.pid)
+        return int(text) if text.isdecimal() else 0
 
     def write_secret(self, secret: str) -> str:
         """Write the cluster's secret so that only this user can read it (I12). Returns it."""
@@ -85,9 +97,9 @@ class Home:
 
 
 def read_or_empty(path: Path) -> str:
-    """Return a small file's text without its end of line; "" when the file does not exist."""
+    """Return a small file's text without its end of line; "" when the file does not exist. Raises BadInput."""
     try:
-        return path.read_text().strip()
+        return read_text_file(path).strip()
     except FileNotFoundError:
         return ""
 
@@ -103,7 +115,7 @@ class RunLock:
         """Become this home's supervisor. Raises AlreadyRunning, naming the one that runs."""
         self._home.create()
         if not self._try():
-            pid = read_or_empty(self._home.pid) or "unknown"
+            pid = self._home.read_pid() or "unknown"
             raise AlreadyRunning(
                 f"a node is already running in {self._home.root} (supervisor pid {pid}): see `shoal status`, "
                 "stop it with `shoal down`, or choose another --home"

@@ -1,8 +1,9 @@
-"""Who else may use the files of a node."""
+"""Who else may use the files of a node, and files that are not what they should be."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,3 +30,20 @@ def usual_umask() -> Iterator[None]:
         yield
     finally:
         os.umask(before)
+
+
+def make_wrong(path: Path, kind: str) -> None:
+    """Put something else in the place of a file or a directory: `directory`, `fifo`, `bytes` or `broken link`."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+    match kind:
+        case "directory":
+            path.mkdir()
+            (path / "in it").write_text("x")
+        case "fifo":
+            os.mkfifo(path)
+        case "bytes":
+            path.write_bytes(bytes(range(256)))
+        case "broken link":
+            path.symlink_to("/nowhere/at all")

@@ -181,4 +181,8 @@ def resolve_gateway(explicit: str, home: Home, environ: Mapping[str, str]) -> Ga
     # Under systemd or launchd nothing writes the file: the gateway then listens on its default port.
     port = read_settings(PortSettings, {}, environ).gateway_port
     url = read_or_empty(home.gateway_url) or f"http://{LOOPBACK}:{port}"
+    if not url.startswith("http://"):
+        raise BadInput(
+            f"{home.gateway_url} does not hold a gateway's URL: `shoal down` and `shoal up` write it again"
+        )
     return GatewayClient(url, bearer(environ.get("SHOAL_SECRET") or home.read_secret(), "api"), NO_NODE)

@@ -140,7 +140,7 @@ def ask(home: Home, request: ControlRequest, deadline_s: float) -> bytes:
                 f"the supervisor in {home.root} did not answer {request.op} in {deadline_s:.0f} s; "
                 f"see {home.log('supervisor')}"
             ) from None
-        except OSError:
+        except (OSError, ValueError):  # nothing listens there, or it cannot be a path
             raise Unavailable(
                 f"the supervisor in {home.root} does not answer: start the node with `shoal up`"
             ) from None

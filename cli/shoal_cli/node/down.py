@@ -13,7 +13,7 @@ from shoal_cli.node.children.orphans import kill_orphans
 from shoal_cli.node.children.restart_policy import ChildStatus
 from shoal_cli.node.control import ControlRequest, SupervisorStatus, ask
 from shoal_cli.node.node_plan import NATS_STOP_S, SERVICE_STOP_S
-from shoal_cli.node_home import Home, RunLock, read_or_empty
+from shoal_cli.node_home import Home, RunLock
 from shoal_common.errors import InternalError, Unavailable
 from shoal_common.messages import WireStruct, decode
 
@@ -36,7 +36,7 @@ def down(home: Home) -> DownResult:
     lock = RunLock(home)
     if lock.is_free():
         return DownResult(was_running=False, orphans=_stop_orphans(home, lock))
-    pid = int(read_or_empty(home.pid) or 0)
+    pid = home.read_pid()
     supervisor = _process(pid)
     try:
         ask(home, ControlRequest(op="stop"), _ASK_DEADLINE_S)

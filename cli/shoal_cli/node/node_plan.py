@@ -105,7 +105,10 @@ def make_plan(
             "node (nats://SECRET@host:4222), or in SHOAL_SECRET"
         )
     if secret and not _SECRET.fullmatch(secret):
-        raise BadInput("the secret must be 16 to 128 characters of A-Z a-z 0-9 _ . ~ -, because it is part of URLs")
+        where = "" if explicit else f" in {options.home}/secret"
+        raise BadInput(
+            f"the secret{where} must be 16 to 128 characters of A-Z a-z 0-9 _ . ~ -, because it is part of URLs"
+        )
     services = [s for s in SERVICES if s not in options.without]
     if not services:
         raise BadInput("nothing is left to run: remove at least one of the --no-<service> options")

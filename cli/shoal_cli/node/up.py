@@ -26,6 +26,7 @@ from shoal_cli.node_home import Home, RunLock
 from shoal_common import logs
 from shoal_common.config import ensure_node_id, read_settings_file
 from shoal_common.errors import BadInput, InternalError, from_body
+from shoal_common.host.file_kinds import wrong_kinds_named
 from shoal_common.host.own_process import set_up_process
 from shoal_common.host.private_files import open_private
 from shoal_common.logs import StructuredLogger
@@ -74,8 +75,18 @@ def run_node(
     remember_secrets({**environ, "SHOAL_NATS": ",".join(options.nats) or environ.get("SHOAL_NATS", "")})
     set_up_process()
     home = Home(Path(options.home))
-    lock = RunLock(home)
-    lock.acquire()
+    with wrong_kinds_named():
+        _run_locked(home, options, environ, on_started, report_line)
+
+
+def _run_locked(
+    home: Home,
+    options: UpOptions,
+    environ: Mapping[str, str],
+    on_started: Callable[[StartupReport], None],
+    report_line: Callable[[str], None],
+) -> None:
+    RunLock(home).acquire()
     try:
         plan = _plan(options, environ, home)
         stream = LogStream(RotatingLog(home.log("supervisor")))

@@ -28,10 +28,11 @@ from typing import Any
 import msgspec
 
 from shoal_common.bus.subjects import ANY
-from shoal_common.errors import BadInput, BadName
+from shoal_common.errors import BadInput, BadName, Refused
 from shoal_common.host import addresses
+from shoal_common.host.file_kinds import read_text_file
 from shoal_common.host.interfaces import Interface
-from shoal_common.host.private_files import FILE_MODE, make_private_directory, open_private
+from shoal_common.host.private_files import FILE_MODE, make_home, open_private
 from shoal_common.messages.liveness import NodeAddress
 from shoal_common.names import check_node, node_id_from_hostname
 from shoal_common.settings.node import StorageSettings
@@ -96,31 +97,61 @@ def read_settings_file(home: Path) -> dict[str, Any]:
     """Read the node's settings file; empty if there is none. Raises BadInput naming the faulty line."""
     path = settings_path(home)
     try:
-        return tomllib.loads(path.read_text())
+        return tomllib.loads(read_text_file(path))
     except FileNotFoundError:
         return {}
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-        raise BadInput(f"{path} cannot be read: {e}; correct that line, or remove the file") from None
+    except tomllib.TOMLDecodeError as e:
+        raise BadInput(f"{path} cannot be read: {e}; correct that line, or put the file back from a copy") from None
 
 
 def ensure_node_id(home: Path, hostname: str | None = None) -> str:
     """Return this node's id, created at the first start and permanent from then on (I8).
 
     It is durable before it is used, so that after a crash the cluster does not know a node by an id that the node has
-    lost.
+    lost. Raises Refused for a home that has lost its id, unless `hostname` is that id.
     """
-    make_private_directory(home)
+    make_home(home)
     # All services of a node may start for the first time at once: one creates the id, the others read it.
     with settings_locked(home):
         settings = read_settings_file(home)
         if "id" in settings:
-            return _usable_id(str(settings["id"]))
+            node = _usable_id(str(settings["id"]))
+            _record_id(home, node)
+            return node
+        _refuse_lost_id(home, hostname)
         node = _usable_id(hostname or node_id_from_hostname(socket.gethostname(), secrets.token_hex(2)))
         path = settings_path(home)
         existing = path.read_bytes() if path.exists() else b""
         id_line = f'# This node\'s name in the cluster. Keep it: peers know the node by it.\nid = "{node}"\n'
         write_settings(home, id_line.encode() + existing)
+        _record_id(home, node)
     return node
+
+
+def _record_id(home: Path, node: str) -> None:
+    """Keep the id beside node.toml too: a node that loses that file must not become another one unnoticed."""
+    record = home / "node.id"
+    # A full disk must not keep storage from starting, which can free space.
+    with suppress(OSError, BadInput):
+        if not record.exists() or read_text_file(record).strip() != node:
+            with os.fdopen(open_private(record, os.O_WRONLY | os.O_TRUNC), "w") as f:
+                f.write(f"{node}\n")
+
+
+def _refuse_lost_id(home: Path, given: str | None) -> None:
+    path, record = settings_path(home), home / "node.id"
+    what = f"{path} {'has no id' if path.exists() else 'is missing'}"
+    recorded = read_text_file(record).strip() if record.exists() else ""
+    if recorded and given != recorded:
+        raise Refused(
+            f"{what}, but this is the home of node {recorded}: put the file back from a copy, or write the id again "
+            f"with `shoal up --node {recorded}` (the settings in it are lost)"
+        )
+    if not recorded and not given and (home / "store" / "VERSION").exists():
+        raise Refused(
+            f"{what}, but {home / 'store'} is the store of a node: put the file back from a copy, or name that node "
+            f"with `shoal up --node NAME`; its logs in {home / 'log'} have the name"
+        )
 
 
 @contextmanager

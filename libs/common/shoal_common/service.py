@@ -32,9 +32,9 @@ from shoal_common.concurrency.backoff import Backoff
 from shoal_common.concurrency.cancellation import DetachedTasks, cancel_and_wait, describe
 from shoal_common.config import Config, read_config
 from shoal_common.errors import ShoalError, Unavailable
+from shoal_common.host.file_kinds import wrong_kind, wrong_kinds_named
 from shoal_common.host.interfaces import InterfaceMonitor
 from shoal_common.host.own_process import set_up_process
-from shoal_common.host.private_files import make_home
 from shoal_common.host.sd_notify import ServiceManagerNotifier
 from shoal_common.liveness.compatibility import CompatibleLiveMirror, check_cluster_version
 from shoal_common.liveness.liveness import Liveness
@@ -274,12 +274,12 @@ def main(service: str, run: Callable[[ServiceContext], Awaitable[None]]) -> int:
     remember_secrets(environ)
     set_up_process()
     try:
-        config = read_config(service, environ)
-    except ShoalError as e:
-        print(f"shoal {service}: {e.message}", file=sys.stderr)  # noqa: T201  # logging is not set up yet
-        return e.exit_code
+        with wrong_kinds_named():
+            config = read_config(service, environ)
+    except (ShoalError, OSError) as e:
+        print(f"shoal {service}: {e}", file=sys.stderr)  # noqa: T201  # logging is not set up yet
+        return e.exit_code if isinstance(e, ShoalError) else 1
     logs.configure_logging(service, config.node, config.log_level)
-    make_home(config.home)
     finish = telemetry.set_up(service, config.node, environ)
     try:
         asyncio.run(_run(config, environ, run))
@@ -287,6 +287,7 @@ def main(service: str, run: Callable[[ServiceContext], Awaitable[None]]) -> int:
         pass
     except BaseException as group:  # noqa: BLE001  # the process ends here; its exit code says how
         cause = _first_cause(group)
+        cause = wrong_kind(cause) or cause
         if isinstance(cause, asyncio.CancelledError | KeyboardInterrupt):
             return 0
         if isinstance(cause, ShoalError):

@@ -17,7 +17,8 @@ from tomlkit.items import Array, Comment, InlineTable, Table, Trivia
 
 from shoal_common.config import read_settings_file, settings_locked, settings_path, write_settings
 from shoal_common.errors import InternalError, Refused
-from shoal_common.host.private_files import make_private_directory
+from shoal_common.host.file_kinds import read_text_file
+from shoal_common.host.private_files import make_home
 from shoal_common.settings.declaration import Value
 
 T = TypeVar("T")
@@ -32,7 +33,7 @@ def change_settings(
     holds all of it already is not touched. Raises BadInput for a file that is not TOML, Refused for a section that
     cannot be changed without changing more, Failed if the file cannot be written. Blocks.
     """
-    make_private_directory(home)
+    make_home(home)
     path = settings_path(home)
     with settings_locked(home):
         before = read_settings_file(home)
@@ -42,7 +43,7 @@ def change_settings(
         accepted = accept(wanted)
         if wanted == before:
             return accepted
-        after: str | None = path.read_bytes().decode() if path.exists() else ""
+        after: str | None = read_text_file(path) if path.exists() else ""
         for section, keys in changes.items():
             after = edit_text(after, section, keys) if after is not None and keys else after
         if after is None or _parsed(after) != wanted:

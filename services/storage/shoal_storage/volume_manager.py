@@ -8,6 +8,7 @@ from pathlib import Path
 
 from shoal_common.concurrency.threads import DaemonCalls, start_daemon_call
 from shoal_common.errors import BadInput, ShoalError
+from shoal_common.host.file_kinds import wrong_kind
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages.storage import VolumeState
 from shoal_common.settings.node import StorageSettings
@@ -71,7 +72,7 @@ def _open(store: Store, path: str) -> Volume | str:
     except ShoalError as e:
         return e.message
     except OSError as e:
-        return e.strerror or str(e)
+        return str(wrong_kind(e) or e.strerror or e)
     except VolumeMissing as e:
         return str(e)
 

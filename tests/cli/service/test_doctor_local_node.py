@@ -60,7 +60,8 @@ def test_a_node_that_is_not_running_is_a_problem(home: Home) -> None:
 
 
 def test_a_home_that_hangs_does_not_hang_the_doctor(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "node.toml")  # reading it waits for a writer, for ever
+    (tmp_path / "run").mkdir()
+    os.mkfifo(tmp_path / "run" / "lock")  # opening it waits for a writer, for ever
     done = run_doctor(tmp_path)
     assert done.returncode == 1 and "no answer within" in done.stdout
 

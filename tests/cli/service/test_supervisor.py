@@ -22,7 +22,6 @@ from shoal_cli.node.control import ControlRequest, ask
 from shoal_common.bus.connection import connected
 from shoal_common.errors import BadMessage, NotFound, Refused
 from tests.cli.conftest import Node, alive, wait_until
-from tests.harness.modes import open_to_others, usual_umask
 
 
 def ready(node: Node, name: str, but: int = 0) -> Callable[[], bool]:
@@ -53,19 +52,6 @@ def test_restart_changes_the_pid_of_that_service_only(node: Node) -> None:
     # Asked to stop, not killed.
     assert "stopping" in node.log("fetcher")
     assert node.shoal("restart", "placement").returncode == NotFound.exit_code
-
-
-def test_no_other_user_can_read_a_nodes_home(node: Node) -> None:
-    with usual_umask():
-        node.home.logs.mkdir()
-        node.home.log("storage").write_text("of an older version\n")
-        node.home.root.chmod(0o755)
-        node.home.log("storage").chmod(0o644)
-        (node.home.root / "node.toml").chmod(0o644)
-        node.behave(storage="writes")
-        assert node.up("--bind", "0.0.0.0").returncode == 0
-    assert (node.home.root / "written").exists() and any(node.home.nats_store.rglob("*"))
-    assert open_to_others(node.home.root) == []
 
 
 def test_a_second_up_in_the_same_home_is_refused(node: Node) -> None:

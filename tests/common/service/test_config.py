@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from shoal_common.config import ensure_node_id, read_config
-from shoal_common.errors import BadInput, BadName
+from shoal_common.errors import BadInput, BadName, Refused
 from shoal_common.host.interfaces import read_interfaces
+from tests.harness.modes import make_wrong
 from tests.harness.process import node_environment, started
 
 ASK_FOR_ID = """
@@ -60,6 +61,63 @@ async def test_I8_services_that_start_together_agree_on_one_node_id(tmp_path: Pa
     answers = await asyncio.gather(*(ask() for _ in range(6)))
     assert len(set(answers)) == 1
     assert answers[0] == f"id {ensure_node_id(tmp_path / 'home')}"
+
+
+def test_I8_a_home_that_lost_its_id_is_no_new_node(tmp_path: Path) -> None:
+    ensure_node_id(tmp_path, "workshop")
+    path = tmp_path / "node.toml"
+    path.write_text("")
+    with pytest.raises(
+        Refused, match=r"node.toml has no id, but this is the home of node workshop: put .* `shoal up"
+    ):
+        ensure_node_id(tmp_path)
+    path.unlink()
+    with pytest.raises(Refused, match=r"node.toml is missing, but this is the home of node workshop"):
+        ensure_node_id(tmp_path, "other")
+    assert not path.exists()
+    assert ensure_node_id(tmp_path, "workshop") == ensure_node_id(tmp_path) == "workshop"
+
+
+def test_I8_a_home_with_a_store_and_no_id_is_no_new_node(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "VERSION").write_text("1")
+    with pytest.raises(Refused, match=r"node.toml is missing, but .*/store is the store of a node"):
+        ensure_node_id(tmp_path)
+    assert ensure_node_id(tmp_path, "workshop") == "workshop"
+
+
+def test_I8_an_id_that_a_person_changes_is_the_nodes_id(tmp_path: Path) -> None:
+    ensure_node_id(tmp_path, "workshop")
+    (tmp_path / "node.toml").write_text('id = "attic"\n')
+    assert ensure_node_id(tmp_path) == "attic"
+    (tmp_path / "node.toml").write_text("")
+    with pytest.raises(Refused, match="the home of node attic"):
+        ensure_node_id(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["directory", "fifo", "bytes"])
+@pytest.mark.parametrize("name", ["node.toml", "node.id"])
+def test_a_home_with_a_file_of_the_wrong_kind_names_it(tmp_path: Path, name: str, kind: str) -> None:
+    make_wrong(tmp_path / name, kind)
+    with pytest.raises(BadInput, match=f"{name} cannot be read"):
+        ensure_node_id(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["", "log", "run", "nats", "store"])
+def test_a_file_in_a_directorys_place_is_named(tmp_path: Path, name: str) -> None:
+    home = tmp_path / "home"
+    (home if name else tmp_path).mkdir(exist_ok=True)
+    (home / name).write_text("x")
+    with pytest.raises(BadInput, match=f"{home / name} is a file"):
+        read_config("storage", environment(home))
+
+
+async def test_a_service_without_a_home_ends_with_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for home in (tmp_path / "file", tmp_path / "file" / "below"):
+        async with started("-m", "shoal_storage", environment=node_environment(home, "")) as p:
+            assert await p.wait_exit() == BadInput.exit_code
+            assert p.output.count("\n") == 0 and p.output.startswith(f"shoal storage: {tmp_path / 'file'} is a file")
 
 
 @pytest.mark.parametrize("text", ['id = "', 'id = "UPPER"', 'id = ""', "id = 7.5", 'id = "any"'])

@@ -12,13 +12,25 @@ from pathlib import Path
 
 import pytest
 
-from shoal_common.errors import AlreadyRunning, BadName, Corrupt, NotFound, Unavailable, Unsupported
+from shoal_common.errors import (
+    AlreadyRunning,
+    BadInput,
+    BadName,
+    Corrupt,
+    NotFound,
+    Unavailable,
+    Unsupported,
+)
+from shoal_common.host.file_kinds import wrong_kinds_named
+from shoal_common.store.store_paths import StorePaths
+from shoal_storage.files.atomic_file import make_directory
+from shoal_storage.files.metadata_files import MetadataFiles
 from shoal_storage.store.commit import delete_blob, find_by_git_sha1
 from shoal_storage.store.partials import delete_partial, has_partial
 from shoal_storage.store.store import Store
 from shoal_storage.store.tombstones import begin_delete, finish_delete
 from shoal_storage.store.views import build_view
-from tests.harness.modes import open_to_others, usual_umask
+from tests.harness.modes import make_wrong, open_to_others, usual_umask
 from tests.harness.process import source_path
 from tests.storage.store_fixtures import Model, StoreFixture, files_below, files_of, put, sha256
 
@@ -67,6 +79,40 @@ def test_a_blob_is_read_only(root: Path, apples: Model) -> None:
     store = StoreFixture(root)
     store.bring_in(apples)
     assert {p.stat().st_mode & 0o777 for p in store.layout.blobs.glob("*/*")} == {0o444}
+
+
+FILES = {"VERSION", "lock", "ballast"}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(name, "directory") for name in sorted(FILES)]
+    + [("VERSION", "fifo"), ("VERSION", "bytes")]
+    + [(name, "bytes") for name in sorted(StorePaths(Path()).top_names - FILES)]
+    + [(name, "broken link") for name in ("blobs", "leases", "manifests", "partial", "views")],
+)
+def test_a_start_names_what_is_of_the_wrong_kind(root: Path, apples: Model, name: str, kind: str) -> None:
+    StoreFixture(root).bring_in(apples)
+    kept = root.parent / "kept"
+    shutil.copytree(root, kept, symlinks=True)
+    make_wrong(root / name, kind)
+    with pytest.raises(BadInput) as refusal, wrong_kinds_named():
+        store = StoreFixture(root)
+        MetadataFiles(store.layout, store.ledger).read()
+        make_directory(store.layout.volumes)
+        make_directory(store.layout.library_blobs)
+    assert f"{root / name} " in refusal.value.message and "\n" not in refusal.value.message
+    shutil.rmtree(root)
+    kept.rename(root)
+
+
+@pytest.mark.parametrize("text", ["", "one", "\0"])
+def test_a_garbled_format_is_named_with_what_to_write(root: Path, text: str) -> None:
+    StoreFixture(root)
+    (root / "VERSION").write_text(text)
+    with pytest.raises(BadInput, match=r"VERSION holds .* instead of the store's format: write 1 into it"):
+        Store(root).open()
+    (root / "VERSION").write_text("1")
 
 
 def test_nothing_but_blobs_has_a_mode_for_others(root: Path, apples: Model) -> None:

@@ -115,8 +115,7 @@ def _supervisor(home: Home) -> tuple[SupervisorState, SupervisorStatus | None, i
     try:
         if not _is_locked(home.lock):
             return "none", None, 0
-        pid = read_or_empty(home.pid)
-        pid_number = int(pid) if pid.isdecimal() else 0
+        pid_number = home.read_pid()
         try:
             return (
                 "running",
@@ -127,7 +126,7 @@ def _supervisor(home: Home) -> tuple[SupervisorState, SupervisorStatus | None, i
             return "unresponsive", None, pid_number
     except PermissionError:
         return "foreign", None, 0
-    except OSError:
+    except (OSError, ShoalError):
         return "none", None, 0
 
 
@@ -150,7 +149,7 @@ def _is_locked(lock: Path) -> bool:
 def _read_if_allowed(path: Path) -> str:
     try:
         return read_or_empty(path)
-    except OSError:
+    except (OSError, ShoalError):
         return ""
 
 

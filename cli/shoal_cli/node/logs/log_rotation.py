@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from shoal_common.host.file_kinds import require_file
 from shoal_common.host.private_files import open_private
 
 MAX_BYTES = 10 << 20
@@ -18,10 +19,12 @@ MAX_LINE_BYTES = 64 << 10
 class RotatingLog:
     """Appends lines to a log. Safe to use from several threads.
 
-    A line that cannot be written (a full disk) is counted and dropped: a process must never wait for its log.
+    A line that cannot be written (a full disk) is counted and dropped: a process must never wait for its log. Raises
+    BadInput for a directory in its place.
     """
 
     def __init__(self, path: Path, max_bytes: int = MAX_BYTES, files: int = MAX_FILES) -> None:
+        require_file(path)
         self.path = path
         self.dropped_lines = 0
         self._max_bytes, self._files = max_bytes, files

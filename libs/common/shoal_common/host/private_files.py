@@ -11,6 +11,8 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path
 
+from shoal_common.errors import BadInput
+from shoal_common.host.file_kinds import require_directory
 from shoal_common.logs import StructuredLogger
 
 log = StructuredLogger("private_files")
@@ -39,8 +41,12 @@ def make_private_directory(path: Path) -> None:
 
 
 def make_home(home: Path) -> None:
-    """Create a node's home, or make private what an older version left readable by others."""
+    """Create a node's home, or make private what an older version left readable by others. Raises BadInput."""
+    if home.exists() and not home.is_dir():
+        raise BadInput(f"{home} is a file, not a node's directory: choose another one with --home or SHOAL_HOME")
     make_private_directory(home)
+    for name in _HOME_DIRECTORIES:
+        require_directory(home / name)
     deny_others(private_paths(home))
 
 

@@ -23,7 +23,7 @@ def make_directory(directory: Path, within: Path | None = None) -> None:
 
     `within` must exist, so that nothing is written beside an unmounted disk. Raises FileNotFoundError if it does not.
     """
-    if not directory.exists():
+    if not directory.is_dir():
         if directory == within:
             raise FileNotFoundError(errno.ENOENT, "the directory is missing", str(within))
         make_directory(directory.parent, within)

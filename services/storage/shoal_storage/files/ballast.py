@@ -8,6 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
+from shoal_common.host.file_kinds import require_file
+
 _MIN_FREE_MULTIPLE = 4
 """The ballast is made when this many times its size is free beside the headroom and all reservations."""
 _CHUNK_BYTES = 1 << 20
@@ -36,7 +38,8 @@ class BallastFile:
         """The bytes that giving it up frees."""
 
     def read_size(self) -> None:
-        """Read its size at start. Removes one that was half made when its process ended."""
+        """Read its size at start. Removes one that was half made when its process ended. Raises BadInput."""
+        require_file(self._path)
         self._temporary_path.unlink(missing_ok=True)
         with suppress(FileNotFoundError):
             file_stat = self._path.stat()

@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
-from shoal_common.errors import Unavailable, Unsupported
+from shoal_common.errors import BadInput, Unavailable, Unsupported
+from shoal_common.host.file_kinds import read_text_file
 from shoal_common.host.private_files import deny_others
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages.manifest import Manifest
@@ -42,7 +43,7 @@ class Store:
         self._root_fd: int | None = None
 
     def open(self) -> None:
-        """Take the lock, check the format, make the directories. Raises AlreadyRunning, Unsupported."""
+        """Take the lock, check the format, make the directories. Raises AlreadyRunning, Unsupported, BadInput."""
         paths = self.layout
         check_locks_hold(paths.root.resolve(), mounts())
         make_directory(paths.root)
@@ -53,11 +54,8 @@ class Store:
                 f"the file system of the store at {paths.root} does not keep nanosecond file times, which mark "
                 "verified blobs: put the store on another file system"
             )
-        if paths.version.exists() and (version := paths.version.read_text().strip()) != FORMAT_VERSION:
-            raise Unsupported(
-                f"the store at {paths.root} has format {version}; this version of Shoal supports {FORMAT_VERSION}: "
-                "update Shoal, or give the node another store"
-            )
+        if paths.version.exists():
+            _check_version(paths.root, paths.version)
         for directory in (
             paths.blobs,
             paths.leaf_lists,
@@ -194,3 +192,18 @@ class Store:
             shutil.rmtree(trash)
         else:
             path.unlink(missing_ok=True)
+
+
+def _check_version(root: Path, file: Path) -> None:
+    version = read_text_file(file).strip()
+    if version == FORMAT_VERSION:
+        return
+    if version.isdecimal():
+        raise Unsupported(
+            f"the store at {root} has format {version}; this version of Shoal supports {FORMAT_VERSION}: "
+            "update Shoal, or give the node another store"
+        )
+    raise BadInput(
+        f"{file} holds {version[:40]!r} instead of the store's format: write {FORMAT_VERSION} into it if {root} is a "
+        "store of this version, or give the node another store"
+    )

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from shoal_common.errors import BadInput, ShoalError, Unsupported
+from shoal_common.host.file_kinds import read_text_file
 from shoal_common.host.private_files import DIRECTORY_MODE, deny_others
 from shoal_common.logs import StructuredLogger
 from shoal_common.store.blob_lookup import read_volumes
@@ -188,7 +189,7 @@ def _refuse_unfit(path: Path) -> None:
 def _read_id(paths: StorePaths) -> str:
     """Return the id of the volume at this path; "" if none. Raises BadInput, Unsupported for anything else."""
     try:
-        version = paths.version.read_text().strip()
+        version = read_text_file(paths.version).strip()
     except (FileNotFoundError, NotADirectoryError):
         return ""
     match = _VERSION.fullmatch(version)
