@@ -23,6 +23,7 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
+import time
 from pathlib import Path
 
 from shoal_common.errors import AlreadyRunning, BadInput
@@ -51,6 +52,11 @@ class Home:
     def log(self, name: str) -> Path:
         """Return the log of a service, of `nats`, or of the `supervisor`."""
         return self.logs / f"{name}.log"
+
+    def identity(self) -> str:
+        """Return what tells this directory from every other on this machine: a copy of it has another identity."""
+        status = self.root.stat()
+        return f"{status.st_dev}:{status.st_ino}"
 
     def create(self) -> None:
         """Create what is missing. Only this user may enter: sockets in `run` take commands, logs hold prompts."""
@@ -104,6 +110,11 @@ def read_or_empty(path: Path) -> str:
         return ""
 
 
+_CONTENTION_S = 0.3
+"""A command that checks whether a supervisor runs holds the lock for a moment."""
+_POLL_INTERVAL_S = 0.02
+
+
 class RunLock:
     """The lock of a home's one supervisor. The kernel releases it when the process ends, however it ends."""
 
@@ -114,7 +125,10 @@ class RunLock:
     def acquire(self) -> None:
         """Become this home's supervisor. Raises AlreadyRunning, naming the one that runs."""
         self._home.create()
-        if not self._try():
+        give_up_s = time.monotonic() + _CONTENTION_S
+        while not (acquired := self._try()) and time.monotonic() < give_up_s:
+            time.sleep(_POLL_INTERVAL_S)
+        if not acquired:
             pid = self._home.read_pid() or "unknown"
             raise AlreadyRunning(
                 f"a node is already running in {self._home.root} (supervisor pid {pid}): see `shoal status`, "

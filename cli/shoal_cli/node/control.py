@@ -22,7 +22,7 @@ from pathlib import Path
 import msgspec
 
 from shoal_cli.node.children.restart_policy import ChildStatus
-from shoal_cli.node_home import Home, read_or_empty
+from shoal_cli.node_home import Home, RunLock, read_or_empty
 from shoal_common.errors import BadMessage, ErrorBody, ShoalError, Unavailable, error_body, from_body
 from shoal_common.messages import WireStruct, decode, encode
 
@@ -30,6 +30,7 @@ MAX_LINE_BYTES = 64 << 10
 _MAX_PATH_BYTES = 100
 """Linux allows 107 bytes, macOS 103."""
 _IDLE_TIMEOUT_S = 60.0
+_CONNECT_TIMEOUT_S = 2.0
 _PREFIX = "shoal-"
 
 
@@ -84,14 +85,24 @@ class ControlSockets:
 
 
 def _remove_temporary(control: str, run: Path) -> None:
-    """Remove the temporary directory of a run, this one or one that was killed."""
+    """Remove the temporary directory of a run, this one or a killed one; not that of a copied home's original."""
     directory = Path(control).parent
-    if not control or directory == run or not directory.name.startswith(_PREFIX):
+    if not control or directory == run or not directory.name.startswith(_PREFIX) or _is_listening(control):
         return
     with suppress(OSError):
         for file in directory.iterdir():
             file.unlink()
         directory.rmdir()
+
+
+def _is_listening(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as s:
+        s.settimeout(_CONNECT_TIMEOUT_S)
+        try:
+            s.connect(path)
+        except (OSError, ValueError):  # ValueError: it cannot be a path
+            return False
+    return True
 
 
 async def serve(path: Path, handle: Handler) -> asyncio.Server:
@@ -125,7 +136,8 @@ async def _answer(line: bytes, handle: Handler) -> ControlReply:
 
 def ask(home: Home, request: ControlRequest, deadline_s: float) -> bytes:
     """Send a request to this home's supervisor. Returns the result as JSON; raises its error, or Unavailable."""
-    path = read_or_empty(home.control_path)
+    # A home that is a copy has the path of the original's socket, but not its lock.
+    path = "" if RunLock(home).is_free() else read_or_empty(home.control_path)
     if not path:
         raise Unavailable(f"no node is running in {home.root}: start one with `shoal up`")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as s:

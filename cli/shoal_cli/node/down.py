@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import psutil
 
@@ -36,15 +35,15 @@ def down(home: Home) -> DownResult:
     lock = RunLock(home)
     if lock.is_free():
         return DownResult(was_running=False, orphans=_stop_orphans(home, lock))
-    pid = home.read_pid()
-    supervisor = _process(pid)
+    supervisor = _supervisor(home)
+    pid = supervisor.pid if supervisor else 0
     try:
         ask(home, ControlRequest(op="stop"), _ASK_DEADLINE_S)
     except Unavailable:
         # It holds the lock and does not answer: starting, already stopping, or stuck. The signal means the same.
-        if pid:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
+        if supervisor:
+            with suppress(psutil.NoSuchProcess):
+                supervisor.terminate()
     give_up_s = time.monotonic() + _STOP_DEADLINE_S
     while not (lock.is_free() and _has_ended(supervisor)):
         if time.monotonic() > give_up_s:
@@ -56,11 +55,16 @@ def down(home: Home) -> DownResult:
     return DownResult(was_running=True, pid=pid, orphans=_stop_orphans(home, lock))
 
 
-def _process(pid: int) -> psutil.Process | None:
+def _supervisor(home: Home) -> psutil.Process | None:
+    """Return the process that `supervisor.pid` names if it has this home's lock open: the file may be a copy."""
+    pid = home.read_pid()
     try:
-        return psutil.Process(pid) if pid else None
-    except psutil.NoSuchProcess:
-        return None
+        process = psutil.Process(pid) if pid else None
+        if process and any(Path(file.path).samefile(home.lock) for file in process.open_files()):
+            return process
+    except (psutil.Error, OSError):
+        pass
+    return None
 
 
 def _has_ended(process: psutil.Process | None) -> bool:

@@ -199,7 +199,7 @@ class Supervisor:
     def _on_change(self, text: str) -> None:
         pids = {s.pid for s in self._statuses() if s.pid}
         if pids - self._recorded:
-            orphans.record(self._home, pids)
+            orphans.record(self._home, self._plan.node, pids)
         self._recorded = pids
         self._changed.notify()
         if text and not self._stopping.is_set():

@@ -16,7 +16,7 @@ from typing import TextIO, cast
 import msgspec
 from rich.console import Console
 
-from shoal_cli.node.children.orphans import kill_orphans
+from shoal_cli.node.children.orphans import kill_orphans, refuse_copy
 from shoal_cli.node.control import MAX_LINE_BYTES, ControlReply
 from shoal_cli.node.logs.log_rotation import LogStream, RotatingLog, tail
 from shoal_cli.node.node_plan import NodePlan, UpOptions, make_plan
@@ -86,6 +86,7 @@ def _run_locked(
     on_started: Callable[[StartupReport], None],
     report_line: Callable[[str], None],
 ) -> None:
+    refuse_copy(home, str(read_settings_file(home.root).get("id", "")))
     RunLock(home).acquire()
     try:
         plan = _plan(options, environ, home)

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
 import pytest
 
-from shoal_common.errors import BadInput, Refused
+from shoal_common.errors import AlreadyRunning, BadInput, Refused
 from tests.cli.conftest import Node
 from tests.harness.modes import make_wrong, open_to_others, usual_umask
 
@@ -73,3 +83,92 @@ def test_a_node_that_lost_its_id_or_secret_does_not_start(node: Node) -> None:
     node.home.secret.write_text("")
     emptied = node.up("--bind", "0.0.0.0")
     assert emptied.returncode == BadInput.exit_code and f"{node.home.secret} is empty" in emptied.stderr
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_copy_of_a_running_home_is_refused_and_ends_nothing(
+    node: Node, make_node: Callable[[str], Node], killed: bool
+) -> None:
+    node.behave(storage="deaf")
+    assert node.up().returncode == 0
+    before = node.pids()
+    control = Path(node.home.control_path.read_text().strip())
+    copy = make_node("copy")
+    shutil.rmtree(copy.home.root)
+    shutil.copytree(node.home.root, copy.home.root, ignore=shutil.ignore_patterns("*.sock", "*.notify"))
+    for arguments in (Node.UP, (*Node.UP, "--detach")):
+        refused = copy.shoal(*arguments)
+        assert refused.returncode == AlreadyRunning.exit_code
+        assert f"{copy.home.root} is a copy of {node.home.root}, whose node node-a is running" in refused.stderr
+    assert copy.shoal("restart", "storage").returncode != 0
+    assert copy.shoal("down").returncode == 0
+    assert node.pids() == before and control.exists()
+    # As another node it may run beside the original, or beside what a killed original left.
+    if killed:
+        os.kill(node.status().pid, signal.SIGKILL)
+    for file in (node.home.children, node.home.control_path):
+        shutil.copy(file, copy.home.run / file.name)
+    settings = copy.home.root / "node.toml"
+    settings.write_text(settings.read_text().replace("node-a", "node-b"))
+    up = copy.up()
+    assert up.returncode == 0, up.stderr
+    assert psutil.pid_exists(before["storage"])
+    if not killed:
+        assert node.pids() == before
+
+
+def test_down_signals_no_process_that_lacks_the_homes_lock(node: Node) -> None:
+    assert node.up().returncode == 0
+    supervisor = int(node.home.pid.read_text())
+    with subprocess.Popen(["sleep", "60"]) as other:
+        node.home.pid.write_text(f"{other.pid}\n")
+        node.home.control_path.unlink()  # nobody answers: only the signal is left
+        os.kill(supervisor, signal.SIGTERM)
+        assert node.shoal("down").returncode == 0
+        assert other.poll() is None
+        other.kill()
+
+
+def test_code_where_up_is_typed_does_not_run_inside_shoal(node: Node, tmp_path: Path) -> None:
+    trap, ran = tmp_path / "trap", tmp_path / "ran"
+    trap.mkdir()
+    for module in ("queue", "json", "msgspec", "shoal_storage", "sitecustomize"):
+        (trap / f"{module}.py").write_text(f"open({str(ran)!r}, 'a').write({module!r})\n")
+    (node.home.root / "node.toml").write_text('id = "node-a"\n')
+    arguments = [*node.command(*Node.UP, "--no-fetcher", "--no-gateway", "--detach")[3:]]
+    # As the `shoal` script, which does not look where it is started; its children would, with this PYTHONPATH.
+    script = "import os, sys; os.environ['PYTHONPATH'] = f\":{os.environ['PYTHONPATH']}\"; "
+    script += "from shoal_cli.cli import run; sys.exit(run(sys.argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", script, *arguments],
+        env=node.environ(SHOAL_BALLAST_BYTES="0"),
+        cwd=trap,
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not ran.exists(), ran.read_text()
+    for pid in (node.status().pid, *node.pids().values()):
+        assert psutil.Process(pid).cwd() == str(node.home.run)
+
+
+def _up_limited(node: Node, ulimit: str) -> subprocess.CompletedProcess[str]:
+    command = ["sh", "-c", f'{ulimit} && exec "$@"', "sh", *node.command(*Node.UP, "--detach")]
+    return subprocess.run(command, env=node.environ(), capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the limits of another process")
+def test_a_low_soft_limit_of_open_files_is_raised(node: Node) -> None:
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    assert _up_limited(node, "ulimit -Sn 256").returncode == 0
+    for pid in (node.status().pid, *node.pids().values()):
+        assert psutil.Process(pid).rlimit(psutil.RLIMIT_NOFILE)[0] >= min(65_536, hard)
+
+
+def test_a_low_hard_limit_of_files_is_named_and_stops_nothing(node: Node) -> None:
+    assert _up_limited(node, "ulimit -n 256").returncode == 0
+    assert {c.phase for c in node.status().children} == {"ready"}
+    assert "may have 256 files and connections open, fewer than the 1024" in node.log("supervisor")
+    assert "LimitNOFILE=" in node.log("supervisor")

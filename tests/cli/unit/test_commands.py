@@ -185,13 +185,14 @@ def test_I12_a_homes_secret_is_shown_to_its_own_gateway_only(
 def test_an_unexpected_error_is_one_line_and_a_trace_on_request(
     capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "gateway.url").write_bytes(b"\xff\xfe")
-    monkeypatch.delenv("SHOAL_GATEWAY", raising=False)
+    def fail(*_: object) -> None:
+        raise LookupError("a fault of ours")
+
+    monkeypatch.setattr("shoal_cli.api.client.resolve_gateway", fail)
     assert run(["ls", "--home", str(tmp_path)]) == 1
     assert "SHOAL_DEBUG=1" in one_line(capsys.readouterr().err)
     monkeypatch.setenv("SHOAL_DEBUG", "1")
-    with pytest.raises(UnicodeDecodeError):
+    with pytest.raises(LookupError):
         run(["ls", "--home", str(tmp_path)])
 
 
