@@ -51,7 +51,7 @@ def main() -> int:
     except KeyboardInterrupt:
         print("\nstopped; all nodes have ended and their files are deleted")
     except subprocess.CalledProcessError as e:
-        print(f"shoal demo: `{' '.join(map(str, e.cmd[2:5]))} …` failed with status {e.returncode}", file=sys.stderr)
+        print(f"shoal demo: `{' '.join(map(str, e.cmd[3:6]))} …` failed with status {e.returncode}", file=sys.stderr)
         return 1
     except httpx2.HTTPStatusError as e:
         print(f"shoal demo: {e.request.url} answered {e.response.status_code}: {e.response.text}", file=sys.stderr)
@@ -60,7 +60,7 @@ def main() -> int:
 
 
 def _shoal(*arguments: str | Path, timeout_s: float) -> None:
-    command = [sys.executable, "-m", "shoal_cli", *map(str, arguments)]
+    command = [sys.executable, "-P", "-m", "shoal_cli", *map(str, arguments)]
     # In its own session, so that Ctrl-C reaches only the demo, which stops its nodes in order.
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=timeout_s, start_new_session=True)
 

@@ -128,7 +128,7 @@ def _ready(address: str, timeout_s: float) -> RunningHub:
 @contextmanager
 def _hub_process(config: HubConfig, listener_fd: int) -> Iterator[None]:
     """Run `python -m shoal_demo.hub` on an inherited socket while the body runs."""
-    command = [sys.executable, "-m", "shoal_demo.hub", "--root", str(config.root), "--fd", str(listener_fd)]
+    command = [sys.executable, "-P", "-m", "shoal_demo.hub", "--root", str(config.root), "--fd", str(listener_fd)]
     command += ["--page-size", str(config.page_size), "--lfs-from-bytes", str(config.lfs_from_bytes)]
     if config.lfs_base_url is not None:
         command += ["--lfs-base-url", config.lfs_base_url]

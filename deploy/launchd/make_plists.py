@@ -47,7 +47,8 @@ def agents(venv: Path, home: Path, per_service: bool, environ: dict[str, str]) -
     binaries = venv / "bin"
     if not per_service:
         return {"node": agent("node", [str(binaries / "shoal"), "up"], home, environ)}
-    found = {s: agent(s, [str(binaries / "python"), "-m", f"shoal_{s}"], home, _for(s, environ)) for s in SERVICES}
+    python = [str(binaries / "python"), "-P", "-m"]
+    found = {s: agent(s, [*python, f"shoal_{s}"], home, _for(s, environ)) for s in SERVICES}
     config = str(home / "nats-server.conf")
     return {"nats": agent("nats", [str(binaries / "nats-server"), "-c", config], home, {}), **found}
 

@@ -22,4 +22,4 @@ def demo(ctx: typer.Context) -> int:
             "the demo is not installed: run `make` in Shoal's repository, where it is the directory `demo`"
         )
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-m", "shoal_demo", *ctx.args])
+    os.execv(sys.executable, [sys.executable, "-P", "-m", "shoal_demo", *ctx.args])

@@ -81,6 +81,8 @@ class ChildSpec(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     argv: list[str]
     environ: dict[str, str]
+    directory: str
+    """Its working directory: the home's `run`, never where somebody typed `shoal up`."""
     stop_s: float
     """Seconds between SIGTERM and SIGKILL."""
 
@@ -189,8 +191,14 @@ def service_spec(
         env["SHOAL_SECRET"] = plan.secret
     if plan.hub:
         env["HF_ENDPOINT"] = plan.hub
-    argv = plan.commands.get(service) or [python, "-m", f"shoal_{service}"]
-    return ChildSpec(name=service, argv=argv, environ=env, stop_s=SERVICE_STOP_S)
+    argv = plan.commands.get(service) or [python, "-P", "-m", f"shoal_{service}"]
+    return ChildSpec(
+        name=service,
+        argv=argv,
+        environ=env,
+        directory=str(Path(plan.home) / "run"),
+        stop_s=SERVICE_STOP_S,
+    )
 
 
 SERVICE_STOP_S = 17.0
@@ -201,7 +209,8 @@ NATS_STOP_S = 10.0
 def nats_spec(program: Path, config: Path, environ: Mapping[str, str]) -> ChildSpec:
     """Return how to run NATS. It needs no secret from the environment and gets none (I12)."""
     env = {k: v for k, v in environ.items() if k not in _NOT_INHERITED + _HUB_TOKENS}
-    return ChildSpec(name="nats", argv=[str(program), "-c", str(config)], environ=env, stop_s=NATS_STOP_S)
+    argv, directory = [str(program), "-c", str(config)], str(config.parent)
+    return ChildSpec(name="nats", argv=argv, environ=env, directory=directory, stop_s=NATS_STOP_S)
 
 
 def check_nats_url(url: str) -> str:

@@ -27,7 +27,7 @@ from shoal_common import logs
 from shoal_common.config import ensure_node_id, read_settings_file
 from shoal_common.errors import BadInput, InternalError, from_body
 from shoal_common.host.file_kinds import wrong_kinds_named
-from shoal_common.host.own_process import set_up_process
+from shoal_common.host.own_process import file_limit_problem, python_environment, set_up_process
 from shoal_common.host.private_files import open_private
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages import decode
@@ -73,10 +73,10 @@ def run_node(
 ) -> None:
     """Supervise the node until it is told to stop. Raises ShoalError when it cannot start."""
     remember_secrets({**environ, "SHOAL_NATS": ",".join(options.nats) or environ.get("SHOAL_NATS", "")})
-    set_up_process()
+    file_limit = set_up_process()
     home = Home(Path(options.home))
     with wrong_kinds_named():
-        _run_locked(home, options, environ, on_started, report_line)
+        _run_locked(home, options, python_environment(environ), on_started, report_line, file_limit)
 
 
 def _run_locked(
@@ -85,6 +85,7 @@ def _run_locked(
     environ: Mapping[str, str],
     on_started: Callable[[StartupReport], None],
     report_line: Callable[[str], None],
+    file_limit: int,
 ) -> None:
     refuse_copy(home, str(read_settings_file(home.root).get("id", "")))
     RunLock(home).acquire()
@@ -93,6 +94,9 @@ def _run_locked(
         stream = LogStream(RotatingLog(home.log("supervisor")))
         # `logging` uses only write and flush of a stream.
         logs.configure_logging("supervisor", plan.node, environ.get("SHOAL_LOG") or "info", cast(TextIO, stream))
+        if problem := file_limit_problem(file_limit):
+            log.warning("too few open files are allowed", reason=f"each service {problem}")
+            report_line(f"each service {problem}")
         for pid in kill_orphans(home):
             log.warning("ended an orphan of a killed supervisor", pid=pid)
         if plan.changes:
@@ -146,11 +150,12 @@ def _in_background(options: UpOptions, environ: Mapping[str, str], out: Console,
     home.create()
     with os.fdopen(open_private(home.log("supervisor"), os.O_WRONLY | os.O_APPEND), "ab") as log_file:
         process = subprocess.Popen(
-            [sys.executable, "-m", "shoal_cli.node.daemonize", options.home],
+            [sys.executable, "-P", "-m", "shoal_cli.node.daemonize", options.home],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log_file,
-            env=dict(environ),
+            env=python_environment(environ),
+            cwd=home.run,
             start_new_session=True,
         )
     assert process.stdin is not None and process.stdout is not None

@@ -34,7 +34,7 @@ from shoal_common.config import Config, read_config
 from shoal_common.errors import ShoalError, Unavailable
 from shoal_common.host.file_kinds import wrong_kind, wrong_kinds_named
 from shoal_common.host.interfaces import InterfaceMonitor
-from shoal_common.host.own_process import set_up_process
+from shoal_common.host.own_process import enter_run_directory, file_limit_problem, set_up_process
 from shoal_common.host.sd_notify import ServiceManagerNotifier
 from shoal_common.liveness.compatibility import CompatibleLiveMirror, check_cluster_version
 from shoal_common.liveness.liveness import Liveness
@@ -272,14 +272,17 @@ def main(service: str, run: Callable[[ServiceContext], Awaitable[None]]) -> int:
     """Run a service to its end and return the exit code: 0, or that of the error that ended it."""
     environ = dict(os.environ)
     remember_secrets(environ)
-    set_up_process()
+    file_limit = set_up_process()
     try:
         with wrong_kinds_named():
             config = read_config(service, environ)
     except (ShoalError, OSError) as e:
         print(f"shoal {service}: {e}", file=sys.stderr)  # noqa: T201  # logging is not set up yet
         return e.exit_code if isinstance(e, ShoalError) else 1
+    enter_run_directory(config.home)
     logs.configure_logging(service, config.node, config.log_level)
+    if problem := file_limit_problem(file_limit):
+        log.warning("too few open files are allowed", reason=f"this process {problem}")
     finish = telemetry.set_up(service, config.node, environ)
     try:
         asyncio.run(_run(config, environ, run))

@@ -46,7 +46,8 @@ def test_services_receive_home_nats_bind_port_hub_and_storage() -> None:
     given = service_spec(
         made, "storage", ["nats://a:1", "nats://b:2"], 99, "py", {"NOTIFY_SOCKET": "s", "SHOAL_LOG": "debug"}
     )
-    assert given.argv == ["py", "-m", "shoal_storage"]
+    assert given.argv == ["py", "-P", "-m", "shoal_storage"]
+    assert given.directory == "/h/run"
     assert given.environ == {
         "SHOAL_HOME": "/h",
         "SHOAL_NATS": "nats://a:1,nats://b:2",

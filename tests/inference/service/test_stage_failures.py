@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from shoal_inference.stage.ipc.messages import Fatal, Linked, Listening, Start, 
 from shoal_inference.stage.ipc.parent import StageProcess
 from shoal_inference.stage.ring import handshake
 from shoal_inference.stage.ring.frames import Kind, encode_frame, make_frame, ring_tag
+from tests.harness.process import checked_run, source_path
 from tests.inference.service.conftest import Models, Rings, Run
 from tests.inference.stage_ring import SECRET, Child, RingOfStages
 
@@ -276,3 +278,25 @@ def test_the_kernel_kills_a_stage_first_when_out_of_memory(besieged: RingOfStage
     own = int(Path("/proc/self/oom_score_adj").read_text())
     for child in besieged.children:
         assert int(Path(f"/proc/{child.process.pid}/oom_score_adj").read_text()) > own
+
+
+async def test_a_stage_imports_nothing_from_where_it_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("queue", "json", "mlx_lm"):
+        (tmp_path / f"{module}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'a').write({module!r})\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", f":{source_path()}")
+    async with await StageProcess.spawn() as process:
+        assert await process.stop() == 1, "it is up, and was told to stop before it had started anything"
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_low_limit_of_files_stops_no_stage_and_stays() -> None:
+    within = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (256, 1000)); "
+    imported = (
+        "import shoal_inference.stage.compute.mlx_lm_adapter; print(resource.getrlimit(resource.RLIMIT_NOFILE))"
+    )
+    environment = {**os.environ, "PYTHONPATH": source_path()}
+    done = checked_run(sys.executable, "-c", within + imported, timeout_s=60, environment=environment)
+    assert done.stdout == "(256, 1000)\n"

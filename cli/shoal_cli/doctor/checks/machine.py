@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import msgspec
 
 from shoal_cli.doctor.finding import Finding, Level, or_ok
+from shoal_common.host.own_process import FILE_LIMIT_REMEDY, NEEDED_FILES
 from shoal_common.units import format_bytes
 
 MEMORY, LIMITS = "memory", "open files"
 MIN_AVAILABLE_SHARE = 0.1
 """With less memory available an instance would push other programs out."""
-MIN_FILES, RECOMMENDED_FILES = 512, 1024
-"""A fileserver holds 256 connections, and a blob's file for each; the fetcher as many again."""
+MIN_FILES = 512
 NEARLY_ALL = 0.8
 
 
@@ -65,13 +65,10 @@ def check_files(processes: Sequence[OpenFiles]) -> list[Finding]:
         if process.limit < 0:
             continue
         what = f"{process.name} may have {process.limit} files and connections open"
-        remedy = (
-            f"`ulimit -n {4 * RECOMMENDED_FILES}` before `shoal up`; LimitNOFILE= in systemd's units, "
-            "`launchctl limit maxfiles` on macOS; then restart the node"
-        )
-        if process.limit < RECOMMENDED_FILES:
+        remedy = FILE_LIMIT_REMEDY
+        if process.limit < NEEDED_FILES:
             level: Level = "problem" if process.limit < MIN_FILES else "warning"
-            wrong.append(Finding(LIMITS, level, f"{what}, fewer than the {RECOMMENDED_FILES} it may need", remedy))
+            wrong.append(Finding(LIMITS, level, f"{what}, fewer than the {NEEDED_FILES} it may need", remedy))
         elif process.count > NEARLY_ALL * process.limit:
             wrong.append(Finding(LIMITS, "warning", f"{what}, and has {process.count}", remedy))
     lowest = min((p.limit for p in processes if p.limit >= 0), default=-1)

@@ -10,6 +10,7 @@ import psutil
 from shoal_cli.doctor.checks.machine import MemoryFacts, OpenFiles
 from shoal_cli.doctor.probes.local_node import LocalNode
 from shoal_common.host.cgroup import AvailableMemory, tightest
+from shoal_common.host.own_process import raise_file_limit
 from shoal_common.settings.node import InferenceSettings
 from shoal_common.settings.values import read_valid_settings
 
@@ -29,9 +30,9 @@ def memory(local: LocalNode) -> MemoryFacts:
 
 
 def open_files(pids: Mapping[str, int]) -> list[OpenFiles]:
-    """Return how many files each process may open and has open; where none can be asked, what this one may."""
+    """Return how many files each process may open and has open; where none can be asked, what a new one may."""
     known = [files for name, pid in sorted(pids.items()) if (files := _of(name, pid)) is not None]
-    return known or [OpenFiles("a process started here", _limit(resource.getrlimit(resource.RLIMIT_NOFILE)[0]))]
+    return known or [OpenFiles("a process started here", raise_file_limit())]
 
 
 def _of(name: str, pid: int) -> OpenFiles | None:

@@ -121,6 +121,7 @@ class ChildProcess:
                 str(os.getpid()),
                 *self.spec.argv,
                 env=self.spec.environ,
+                cwd=self.spec.directory,
                 stdin=subprocess.DEVNULL,
                 stdout=writing,
                 stderr=writing,

@@ -18,6 +18,7 @@ import msgspec
 import psutil
 
 from shoal_common.host.cgroup import AvailableMemory, tightest
+from shoal_common.host.own_process import python_environment
 from shoal_common.logs import StructuredLogger
 from shoal_inference.stage.compute.device import Device
 from shoal_inference.stage.ipc.blas import child_environment
@@ -133,10 +134,11 @@ async def _wait_idle(timeout_s: float) -> bool:
 async def _detect(measure: bool) -> Device | None:
     process = await asyncio.create_subprocess_exec(
         sys.executable,
+        "-P",
         "-m",
         "shoal_inference.stage.compute.device",
         *(["--measure"] if measure else []),
-        env=child_environment(os.environ),
+        env=child_environment(python_environment(os.environ)),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
