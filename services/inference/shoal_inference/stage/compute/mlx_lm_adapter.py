@@ -9,13 +9,17 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 from mlx import utils as mlx_utils
-from mlx_lm import sample_utils as _untyped_sample_utils
-from mlx_lm import utils as _untyped_utils
-from mlx_lm.models import base as _untyped_base
-from mlx_lm.models import cache as _untyped_cache
 
 from shoal_common.errors import BadInput
+from shoal_common.host.own_process import limits_kept
 from shoal_common.messages.generation import ChatMessage
+
+# mlx-lm sets the limit of open files to 2,048 of 4,096 when it is imported, which fails under a lower hard limit.
+with limits_kept():
+    from mlx_lm import sample_utils as _untyped_sample_utils
+    from mlx_lm import utils as _untyped_utils
+    from mlx_lm.models import base as _untyped_base
+    from mlx_lm.models import cache as _untyped_cache
 
 # mlx-lm has py.typed and no annotations worth the name; as Any its calls are not checked against guesses.
 utils: Any = _untyped_utils
