@@ -25,6 +25,7 @@ from tests.inference.stage_ring import SECRET, Child, RingOfStages
 PROMPT = (7, 21, 40, 3, 99, 250, 8, 12, 77, 5, 64)
 LONG = 450
 NOTICED_WITHIN_S = 10.0
+START_DEADLINE_S = 45.0
 
 
 def test_I6_I11_a_killed_middle_stage_is_replaced_and_answers(models: Models, own_ring: Rings, run: Run[Any]) -> None:
@@ -288,7 +289,7 @@ async def test_a_stage_imports_nothing_from_where_it_is_started(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", f":{source_path()}")
     async with await StageProcess.spawn() as process:
-        assert await process.stop() == 1, "it is up, and was told to stop before it had started anything"
+        assert await process.stop(START_DEADLINE_S) == 1, "it is up, and was told to stop before it had started anything"
     assert not (tmp_path / "ran").exists()
 
 
