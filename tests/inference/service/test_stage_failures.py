@@ -289,7 +289,9 @@ async def test_a_stage_imports_nothing_from_where_it_is_started(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", f":{source_path()}")
     async with await StageProcess.spawn() as process:
-        assert await process.stop(START_DEADLINE_S) == 1, "it is up, and was told to stop before it had started anything"
+        assert await process.stop(START_DEADLINE_S) == 1, (
+            "it is up, and was told to stop before it had started anything"
+        )
     assert not (tmp_path / "ran").exists()
 
 
