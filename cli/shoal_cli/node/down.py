@@ -35,7 +35,7 @@ def down(home: Home) -> DownResult:
     lock = RunLock(home)
     if lock.is_free():
         return DownResult(was_running=False, orphans=_stop_orphans(home, lock))
-    supervisor = _supervisor(home)
+    supervisor = lock_holder(home)
     pid = supervisor.pid if supervisor else 0
     try:
         ask(home, ControlRequest(op="stop"), _ASK_DEADLINE_S)
@@ -55,7 +55,7 @@ def down(home: Home) -> DownResult:
     return DownResult(was_running=True, pid=pid, orphans=_stop_orphans(home, lock))
 
 
-def _supervisor(home: Home) -> psutil.Process | None:
+def lock_holder(home: Home) -> psutil.Process | None:
     """Return the process that `supervisor.pid` names if it has this home's lock open: the file may be a copy."""
     pid = home.read_pid()
     try:

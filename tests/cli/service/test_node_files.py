@@ -14,6 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from shoal_cli.node.down import lock_holder
+from shoal_cli.node_home import Home, RunLock
 from shoal_common.errors import AlreadyRunning, BadInput, Refused
 from tests.cli.conftest import Node
 from tests.harness.modes import make_wrong, open_to_others, usual_umask
@@ -117,16 +119,17 @@ def test_a_copy_of_a_running_home_is_refused_and_ends_nothing(
         assert node.pids() == before
 
 
-def test_down_signals_no_process_that_lacks_the_homes_lock(node: Node) -> None:
-    assert node.up().returncode == 0
-    supervisor = int(node.home.pid.read_text())
-    with subprocess.Popen(["sleep", "60"]) as other:
-        node.home.pid.write_text(f"{other.pid}\n")
-        node.home.control_path.unlink()  # nobody answers: only the signal is left
-        os.kill(supervisor, signal.SIGTERM)
-        assert node.shoal("down").returncode == 0
-        assert other.poll() is None
-        other.kill()
+def test_down_knows_a_supervisor_by_the_homes_lock_alone(tmp_path: Path) -> None:
+    home = Home(tmp_path / "home")
+    lock = RunLock(home)
+    lock.acquire()
+    holder = lock_holder(home)
+    assert holder is not None and holder.pid == os.getpid()
+    home.pid.write_text(f"{os.getppid()}\n")  # as in a copy: of another process, which down would signal
+    assert lock_holder(home) is None
+    lock.release()
+    home.pid.write_text(f"{os.getpid()}\n")
+    assert lock_holder(home) is None
 
 
 def test_code_where_up_is_typed_does_not_run_inside_shoal(node: Node, tmp_path: Path) -> None:
