@@ -160,10 +160,7 @@ class Pulls:
                     held.append(f"{subject} {entry.value!r} {entry.revision}")
             return not held
 
-        try:
-            await eventually(none, "no lease is held")
-        except AssertionError as e:
-            raise AssertionError(f"{e}: {held}") from None
+        await eventually(none, lambda: f"no lease is held: {held}")
 
     async def manifest(self, node: str, model: str = "") -> Manifest:
         """Return the manifest of a ready model, from the disk."""

@@ -11,8 +11,13 @@ T = TypeVar("T")
 _ASK_S = 0.02
 
 
-async def eventually(ask: Callable[[], Awaitable[T | None]], what: str, deadline_s: float = 15.0) -> T:
-    """Return the first result that is not None or False. Fails, naming `what` was awaited, after the deadline."""
+async def eventually(
+    ask: Callable[[], Awaitable[T | None]], what: str | Callable[[], str], deadline_s: float = 15.0
+) -> T:
+    """Return the first result that is not None or False. Fails, naming `what` was awaited, after the deadline.
+
+    A function returns it as it is then, with what there is instead.
+    """
     loop = asyncio.get_running_loop()
     give_up_s = loop.time() + deadline_s
     while True:
@@ -20,5 +25,5 @@ async def eventually(ask: Callable[[], Awaitable[T | None]], what: str, deadline
         if answer is not None and answer is not False:
             return answer
         if loop.time() > give_up_s:
-            raise AssertionError(f"not within {deadline_s:.0f} s: {what}")
+            raise AssertionError(f"not within {deadline_s:.0f} s: {what if isinstance(what, str) else what()}")
         await asyncio.sleep(_ASK_S)

@@ -173,10 +173,7 @@ class Node:
             found[:] = [name for name, _ in await self.events()]
             return found == list(names)
 
-        try:
-            await eventually(are_all, f"the events are {names}", WAIT_TIMEOUT_S)
-        except AssertionError:
-            raise AssertionError(f"the events are {found}, not {names}") from None
+        await eventually(are_all, lambda: f"the events are {names}, not {found}", WAIT_TIMEOUT_S)
 
 
 @asynccontextmanager
