@@ -14,6 +14,7 @@ import msgspec
 from shoal_common.bus.subjects import SERVICES
 from shoal_common.config import is_loopback
 from shoal_common.errors import BadInput, Refused
+from shoal_common.redaction import HUB_TOKENS
 from shoal_common.settings.declaration import Value
 from shoal_common.settings.node import PortSettings, StorageSettings
 from shoal_common.settings.values import by_section, changeable, read_settings
@@ -25,7 +26,6 @@ ALL_INTERFACES = "0.0.0.0"
 READY_DEADLINE_S = 60.0
 
 _SECRET = re.compile(r"[A-Za-z0-9_.~-]{16,128}")
-_HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
 # Set for each child; the supervisor's own notify socket and watchdog are not its children's.
 _NOT_INHERITED = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "SHOAL_NATS", "SHOAL_SECRET", "SHOAL_BIND")
 
@@ -178,7 +178,7 @@ def service_spec(
     """Return how to run one service. The hub's token goes to the fetcher only (I12)."""
     env = {k: v for k, v in environ.items() if k not in _NOT_INHERITED}
     if service != "fetcher":
-        env = {k: v for k, v in env.items() if k not in _HUB_TOKENS}
+        env = {k: v for k, v in env.items() if k not in HUB_TOKENS}
     env |= {
         "SHOAL_HOME": plan.home,
         "SHOAL_NATS": ",".join(nats_urls),
@@ -208,7 +208,7 @@ NATS_STOP_S = 10.0
 
 def nats_spec(program: Path, config: Path, environ: Mapping[str, str]) -> ChildSpec:
     """Return how to run NATS. It needs no secret from the environment and gets none (I12)."""
-    env = {k: v for k, v in environ.items() if k not in _NOT_INHERITED + _HUB_TOKENS}
+    env = {k: v for k, v in environ.items() if k not in _NOT_INHERITED + HUB_TOKENS}
     argv, directory = [str(program), "-c", str(config)], str(config.parent)
     return ChildSpec(name="nats", argv=argv, environ=env, directory=directory, stop_s=NATS_STOP_S)
 

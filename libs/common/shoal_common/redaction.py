@@ -12,7 +12,9 @@ from urllib.parse import unquote, urlsplit
 MASK = "[secret]"
 _MIN_CHARACTERS = 6
 """Shorter ones are ordinary words: masking them would hide what a message says."""
-_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN", "SHOAL_SECRET")
+HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
+"""Variables with the hub's token: only the fetcher gets them (I12)."""
+_VARIABLES = (*HUB_TOKENS, "SHOAL_SECRET")
 _URL_VARIABLES = ("SHOAL_NATS", "HF_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 _secrets: dict[str, None] = {}
 

@@ -150,12 +150,13 @@ async def _watch_store(nats: Nats, replicas: int, liveness: Liveness) -> None:
         with suppress(TimeoutError):
             async with asyncio.timeout(STORE_CHECKS.delay_s(checks)):
                 await nats.reconnects.wait_after(seen)
+        has_reconnected, seen = nats.reconnects.count != seen, nats.reconnects.count
         # Down, or lost again meanwhile: the next reconnection or check repeats this.
         with suppress(Unavailable, NotFoundError):
-            if has_reconnected := nats.reconnects.count != seen:
-                seen = nats.reconnects.count
+            if has_reconnected:
+                await ensure_streams(nats.js, replicas)
                 liveness.renew_now()
-            lost = await _find_lost_buckets(nats, replicas, contents, has_reconnected)
+            lost = await _find_lost_buckets(nats, replicas, contents)
             if lost:
                 log.warning("NATS lost what it stored; publishing this service's state again", buckets=",".join(lost))
                 if not has_reconnected:
@@ -168,13 +169,9 @@ async def _watch_store(nats: Nats, replicas: int, liveness: Liveness) -> None:
             await cluster_clock.sync_from_nats(nats.client)
 
 
-async def _find_lost_buckets(
-    nats: Nats, replicas: int, contents: dict[str, BucketContent], ensure: bool
-) -> list[str]:
+async def _find_lost_buckets(nats: Nats, replicas: int, contents: dict[str, BucketContent]) -> list[str]:
     """Return the buckets that lost what `contents` says they held, and update it."""
     try:
-        if ensure:
-            await ensure_streams(nats.js, replicas)
         found = await read_bucket_contents(nats.js)
     except NotFoundError:
         await ensure_streams(nats.js, replicas)

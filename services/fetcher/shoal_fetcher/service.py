@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from shoal_common.bus.reconcile import republish_after_wipes
 from shoal_common.liveness.peer_failure import PeerFailureReporter
 from shoal_common.messages import downloads
 from shoal_common.messages.downloads import DownloadRequest, StopDownloads
@@ -68,7 +69,7 @@ async def run(context: ServiceContext) -> None:
         fetcher = DownloadManager(download_context(context, node_context, stored), tasks)
         shapes = ModelShapes(node_context.hub, rate_limits.hub)
         await fetcher.resume_pending()
-        context.run_in_background(tasks, fetcher.republish_after_wipes(context.nats.store_wipes))
+        context.run_in_background(tasks, republish_after_wipes(context.nats.store_wipes, fetcher.republish))
         endpoints = {
             "stop_downloads": RpcEndpoint(StopDownloads, fetcher.stop_downloads),
             "shape": RpcEndpoint(GetModelShape, shapes.shape),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from shoal_common.bus.reconcile import republish_after_wipes
 from shoal_common.messages.generation import CancelGenerate, Generate
 from shoal_common.rpc.request_reply import RpcEndpoint
 from shoal_common.service import ServiceContext
@@ -19,7 +20,7 @@ async def run(context: ServiceContext) -> None:
         stage_manager = StageManager(context, tasks, spec, state)
         await stage_manager.unpublish_stale_stages()
         context.run_in_background(tasks, stage_manager.reconcile_stages_forever())
-        context.run_in_background(tasks, stage_manager.republish_after_wipes(context.nats.store_wipes))
+        context.run_in_background(tasks, republish_after_wipes(context.nats.store_wipes, stage_manager.republish))
         context.run_in_background(tasks, stage_manager.publish_memory_forever())
         context.run_in_background(tasks, stage_manager.guard_memory_forever())
         tasks.create_task(

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
 
 from msgspec import structs
-from nats.errors import Error as NatsError
 
 from shoal_common.bus.keys import stage_key
 from shoal_common.bus.kv_mirror import KvMirror
 from shoal_common.bus.reconcile import reconcile_forever
-from shoal_common.concurrency.notifier import Notifier
-from shoal_common.errors import NotFound, ShoalError
+from shoal_common.errors import NotFound
 from shoal_common.host.cgroup import AvailableMemory
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages.envelope import Empty
@@ -82,15 +79,10 @@ class StageManager:
         for instance, rank in stale_stages(published, self._wanted().values(), self._context.node):
             await self._context.buckets.state.delete(stage_key(instance, rank))
 
-    async def republish_after_wipes(self, store_wipes: Notifier) -> None:
-        """Publish the state of every stage again each time NATS has lost it, for ever."""
-        handled = 0
-        while True:
-            count = await store_wipes.wait_after(handled)
-            with suppress(ShoalError, NatsError):  # NATS is down again: the next loss is noticed, too
-                for runner, _ in list(self._running.values()):
-                    await runner.publish_again()
-                handled = count
+    async def republish(self) -> None:
+        """Publish the state of every stage again, which NATS has lost."""
+        for runner, _ in list(self._running.values()):
+            await runner.publish_again()
 
     async def reconcile_stages_forever(self) -> None:
         """Start and stop stages at every change of `spec`, for ever."""

@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from shoal_common.errors import BadInput, BadName, ShoalError
+from shoal_common.host.private_files import FILE_MODE
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages import decode
 from shoal_common.messages.manifest import Manifest
@@ -28,7 +29,7 @@ from shoal_storage.ledger.references import leftover_blobs
 from shoal_storage.scan.diff import is_trusted
 from shoal_storage.scan.scanner import scan_store
 from shoal_storage.store.commit import delete_blob
-from shoal_storage.store.partials import PARTIAL_MODE, PartialMeta, delete_partial, link_partial, refresh_partial
+from shoal_storage.store.partials import PartialMeta, delete_partial, link_partial, refresh_partial
 from shoal_storage.store.store import Store
 from shoal_storage.store.tombstones import read_tombstone
 from shoal_storage.store.views import delete_view
@@ -199,7 +200,7 @@ def _read_partial(store: Store, directory: Path, ledger: Ledger) -> bool:
         blob = check_blob(directory.name)
         meta = decode((directory / "meta.json").read_bytes(), PartialMeta)
         # A commit that was interrupted before its rename made it read-only.
-        (directory / "data").chmod(PARTIAL_MODE)
+        (directory / "data").chmod(FILE_MODE)
     except BadName:
         return False
     except (ShoalError, FileNotFoundError, NotADirectoryError):

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Hashable, Sequence
+from contextlib import suppress
 
 from nats.errors import Error as NatsError
 
 from shoal_common.bus.kv_mirror import KvMirror, any_changed
 from shoal_common.concurrency.backoff import Backoff
+from shoal_common.concurrency.notifier import Notifier
 from shoal_common.errors import ShoalError
 from shoal_common.logs import StructuredLogger
 
@@ -27,6 +29,16 @@ RETRY_BACKOFF = Backoff(0.5, 30.0)
 def earliest(*waits_s: float | None) -> float | None:
     """Return the shortest of some waits; None is no wait."""
     return min((s for s in waits_s if s is not None), default=None)
+
+
+async def republish_after_wipes(store_wipes: Notifier, republish: Callable[[], Awaitable[object]]) -> None:
+    """Call `republish` each time NATS has lost what it stored, for ever; again if NATS is down meanwhile."""
+    handled = 0
+    while True:
+        count = await store_wipes.wait_after(handled)
+        with suppress(ShoalError, NatsError):
+            await republish()
+            handled = count
 
 
 async def reconcile_forever(

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
-from contextlib import suppress
 
-from shoal_common.concurrency.notifier import Notifier
-from shoal_common.errors import ShoalError
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages import downloads
 from shoal_common.messages.downloads import ENDED_PHASES, DownloadState, StopDownloads
@@ -42,14 +39,9 @@ class DownloadManager:
         for download in requested:
             await download.started.wait()
 
-    async def republish_after_wipes(self, store_wipes: Notifier) -> None:
-        """Republish requests and download states each time NATS has lost its store."""
-        handled = 0
-        while True:
-            count = await store_wipes.wait_after(handled)
-            with suppress(ShoalError):  # NATS is down again: retried after the next wipe
-                await self._send_each(list(self._downloads), ev.StoreWiped())
-                handled = count
+    async def republish(self) -> None:
+        """Publish requests and download states again, which NATS has lost."""
+        await self._send_each(list(self._downloads), ev.StoreWiped())
 
     async def download(self, command: downloads.DownloadCommand, identity: str) -> DownloadState:
         """Download a model, or some layers of it. Returns when it is ready; raises if the download fails."""

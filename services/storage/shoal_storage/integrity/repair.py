@@ -18,12 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from shoal_common.host.private_files import FILE_MODE
 from shoal_common.messages import encode
 from shoal_common.names import ModelId
 from shoal_common.store.bitmap import Bitmap
 from shoal_storage.files.atomic_file import fsync_path, replace_file, replace_file_unsynced
 from shoal_storage.integrity.blob_check import VerificationResult
-from shoal_storage.store.partials import PARTIAL_MODE, PartialMeta, delete_partial, link_partial, write_partial
+from shoal_storage.store.partials import PartialMeta, delete_partial, link_partial, write_partial
 from shoal_storage.store.store import Store
 
 
@@ -82,7 +83,7 @@ def create_partial(
     replace_file_unsynced(directory / "have", good.to_bytes())
     replace_file_unsynced(directory / "meta.json", encode(PartialMeta(size_bytes=size_bytes, models=sorted(models))))
     fsync_path(directory.parent)
-    paths.quarantined(blob).chmod(PARTIAL_MODE)
+    paths.quarantined(blob).chmod(FILE_MODE)
     paths.quarantined(blob).replace(directory / "data")
     fsync_path(directory)
     paths.quarantined_have(blob).unlink(missing_ok=True)

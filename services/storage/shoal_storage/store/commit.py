@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from shoal_common.errors import Corrupt, NotFound, Unavailable
+from shoal_common.host.private_files import FILE_MODE
 from shoal_common.messages import encode
 from shoal_common.messages.manifest import Manifest
 from shoal_common.store.store_paths import StorePaths
@@ -21,7 +22,7 @@ from shoal_storage.files.atomic_file import fsync_path, make_directory, replace_
 from shoal_storage.files.blob_stat import VERIFIED_MODE, stat_blob
 from shoal_storage.files.hashing import FileHashes, hash_file
 from shoal_storage.ledger.ledger import Ledger
-from shoal_storage.store.partials import PARTIAL_MODE, unlink_partial
+from shoal_storage.store.partials import unlink_partial
 from shoal_storage.store.store import Store
 from shoal_storage.store.views import build_view
 
@@ -66,7 +67,7 @@ def _name_blob(store: Store, data: Path, target: Path, digests: FileHashes) -> N
         make_directory(target.parent, store.layout.volume_of_path(target).root)
         data.replace(target)
     except OSError:
-        data.chmod(PARTIAL_MODE)  # it is still a partial blob and may be written to
+        data.chmod(FILE_MODE)  # it is still a partial blob and may be written to
         raise
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from shoal_common.errors import Corrupt, Unavailable
-from shoal_common.host.private_files import DIRECTORY_MODE
+from shoal_common.host.private_files import DIRECTORY_MODE, FILE_MODE
 from shoal_common.messages import WireStruct, encode
 from shoal_common.names import ModelId
 from shoal_common.store import leaf_set
@@ -28,9 +28,6 @@ class PartialMeta(WireStruct):
     models: list[ModelId]
     leaves: dict[ModelId, list[list[int]]] = {}
     """The leaves wanted by each model that does not want the whole blob, `[first, last)` each."""
-
-
-PARTIAL_MODE = 0o600
 
 
 def allocated_bytes(store: Store, blob: str, size_bytes: int) -> int:
@@ -71,7 +68,7 @@ def write_partial(
     if not (directory / "data").exists():
         for claims in ("have", "ready", "leaves"):  # they describe data that is gone
             (directory / claims).unlink(missing_ok=True)
-        (directory / "data").touch(mode=PARTIAL_MODE)
+        (directory / "data").touch(mode=FILE_MODE)
     # Last: a directory with a meta.json is a reservation and has its data.
     ranges = {model: leaf_set.to_ranges(leaves) for model, leaves in (wanted or {}).items()}
     meta = PartialMeta(size_bytes=size_bytes, models=sorted(models), leaves=ranges)

@@ -13,6 +13,7 @@ from typing import IO
 import msgspec
 
 from shoal_common.host.own_process import python_environment
+from shoal_common.redaction import HUB_TOKENS
 from shoal_inference.stage.errors import BadControl, LinkClosed
 from shoal_inference.stage.ipc.blas import child_environment
 from shoal_inference.stage.ipc.messages import (
@@ -31,7 +32,7 @@ KILL_S = 2.0
 
 def _environment(env: Mapping[str, str]) -> dict[str, str]:
     """A stage opens local files only: it needs no way to the hub, and must not hold its token."""
-    kept = {name: value for name, value in env.items() if name not in {"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"}}
+    kept = {name: value for name, value in env.items() if name not in HUB_TOKENS}
     return {**child_environment(python_environment(kept)), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
