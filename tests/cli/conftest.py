@@ -199,6 +199,8 @@ def cluster(serve: Callable[[ASGIApp], str], monkeypatch: pytest.MonkeyPatch, tm
 def home(tmp_path: Path) -> Home:
     """A home in which a node was once made, and does not run."""
     root = tmp_path / "home"
-    root.mkdir()
-    (root / "node.toml").write_text('id = "a"\n')
+    root.mkdir(mode=0o700)
+    settings = root / "node.toml"
+    settings.write_text('id = "a"\n')
+    settings.chmod(0o600)
     return Home(root)

@@ -130,5 +130,5 @@ def test_demo_passes_its_arguments_on_but_help(capsys: Capture, monkeypatch: pyt
     called: list[list[str]] = []
     monkeypatch.setattr(os, "execv", lambda _path, arguments: called.append(arguments))
     assert run(["demo", "--nodes", "5", "x", "-v"]) == 0
-    assert called[0][1:] == ["-m", "shoal_demo", "--nodes", "5", "x", "-v"]
+    assert called[0][1:] == ["-P", "-m", "shoal_demo", "--nodes", "5", "x", "-v"]
     assert run(["demo", "--help"]) == 0 and len(called) == 1
