@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import re
+from typing import Any
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from uvicorn.server import ServerState
 
 from shoal_common.http import bounded_protocol, connection_eviction
 from shoal_common.http.bounded_protocol import (
     MAX_HEADERS,
     MAX_PIPELINED,
     UNCOUNTED_BODY_BYTES,
+    BoundedHttpProtocol,
 )
 from tests.common.http_application import (
     BODY_BYTES,
@@ -19,6 +26,7 @@ from tests.common.http_application import (
     LARGE_BYTES,
     STREAM_BYTES,
     closed,
+    configured,
     reply,
     request,
     serving,
@@ -215,3 +223,77 @@ async def test_I7_too_many_headers_are_431_however_they_arrive() -> None:
         writer.write(request("/ignore", None, *["x: y"] * MAX_HEADERS))
         assert (await reply(reader))[0] == 431
         writer.close()
+
+
+class Transport(asyncio.Transport):
+    """A connection of which a test is the other end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written, self.closing, self.answered = b"", False, asyncio.Event()
+
+    def write(self, data: bytes | bytearray | memoryview[Any]) -> None:
+        """Keep what is sent."""
+        self.written += data
+        if len(self.statuses()) == len(ANSWERED):
+            self.answered.set()
+
+    def statuses(self) -> list[int]:
+        """Return the statuses of the responses."""
+        return [int(status) for status in re.findall(rb"HTTP/1.1 (\d+)", self.written)]
+
+    def is_closing(self) -> bool:
+        """Whether it is closed."""
+        return self.closing
+
+    def close(self) -> None:
+        """Close it: nothing more is answered."""
+        self.closing = True
+        self.answered.set()
+
+    abort = close
+
+    def pause_reading(self) -> None:
+        """Receive nothing for now: a test sends nevertheless."""
+
+    resume_reading = pause_reading
+
+    def get_write_buffer_size(self) -> int:
+        """Everything is read at once."""
+        return 0
+
+
+SENT = b"".join(
+    (
+        request("/read", 40_000) + bytes(40_000),
+        request("/ignore", None, "x: " + "y" * 20_000),
+        request("/ignore", None, "Host: localhost"),
+        request("/ignore", 5) + b"12345",
+        request("/read", BODY_BYTES + 1),
+    )
+)
+ANSWERED = [200, 200, 400, 200, 413]
+
+
+@given(st.lists(st.integers(1, len(SENT) - 1), max_size=8), st.booleans())
+@example([25_027, 43_033], True)  # the body before a head counted as part of it
+def test_however_bytes_are_cut_the_answers_are_the_same(cuts: list[int], in_one_go: bool) -> None:
+    async def statuses() -> list[int]:
+        released = asyncio.Event()
+        released.set()
+        config, rules = configured(released)
+        protocol = BoundedHttpProtocol(config, ServerState(), {})
+        protocol.rules = rules
+        transport = Transport()
+        protocol.connection_made(transport)
+        for start, end in itertools.pairwise([0, *sorted(cuts), len(SENT)]):
+            protocol.data_received(SENT[start:end])
+            if not in_one_go:
+                await asyncio.sleep(0)
+        async with asyncio.timeout(DEADLINE_S):
+            await transport.answered.wait()
+        protocol.connection_lost(None)
+        assert rules.bodies_bytes == 0
+        return transport.statuses()
+
+    assert asyncio.run(statuses()) == ANSWERED

@@ -27,6 +27,7 @@ from shoal_common.logs import StructuredLogger
 log = StructuredLogger("http")
 
 MAX_HEAD_BYTES = 32 << 10
+"""The piece of up to 16 KB in which a head begins does not count."""
 MAX_HEADERS = 128
 HEAD_TIMEOUT_S = 10.0
 MAX_PIPELINED = 8
@@ -141,14 +142,14 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._receive(data[start : start + _PIECE_BYTES])
 
     def _receive(self, piece: bytes) -> None:
+        # Before the parser sets it to 0 where a head begins: the request before it may have had most of this piece.
+        self._head_bytes += len(piece)
         super().data_received(piece)
         if self.transport.is_closing():
             return
-        if self._in_head:
-            self._head_bytes += len(piece)
-            if self._head_bytes > MAX_HEAD_BYTES or len(self.headers) > MAX_HEADERS:
-                self._close_with(_HEAD_TOO_LARGE)
-                return
+        if self._in_head and (self._head_bytes > MAX_HEAD_BYTES or len(self.headers) > MAX_HEADERS):
+            self._close_with(_HEAD_TOO_LARGE)
+            return
         if self._in_body:
             if self._body_timer is None:
                 self._expect_body()
