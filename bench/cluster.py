@@ -48,6 +48,7 @@ from shoal_common.bus.keys import leader_key, liveness_key, model_key  # noqa: E
 from shoal_common.messages import encode  # noqa: E402
 from shoal_common.messages.liveness import LivenessRecord, NodeFacts, ProcessIdentity  # noqa: E402
 from shoal_common.messages.storage import ModelState  # noqa: E402
+from shoal_common.names import SERVICES  # noqa: E402
 from tests.cluster.test_node_failures import at_work  # noqa: E402
 from tests.harness.nats import Joined, NatsServer, joined  # noqa: E402
 from tests.harness.node import Node, running_nodes  # noqa: E402
@@ -58,7 +59,6 @@ QUICK = "--quick" in sys.argv
 IDLE_S = 15.0 if QUICK else 60.0
 SETTLED_S = 5.0
 NODES = "abcde"
-SERVICES = subjects.SERVICES
 LARGE = 100 if QUICK else 1000
 MODELS_EACH = 10
 BEAT_S = 5.0

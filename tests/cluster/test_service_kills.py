@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from shoal_common.bus.subjects import SERVICES
+from shoal_common.names import SERVICES
 from shoal_demo import DEMO_MODEL, MODELS_DIR
 from shoal_demo.faults import Faults
 from shoal_demo.hub_server import RunningHub

@@ -6,7 +6,7 @@ from typing import Any
 
 import typer
 
-from shoal_common.bus.subjects import SERVICES
+from shoal_common.names import SERVICES
 
 _DEADLINE_S = 1.0
 """Someone has pressed Tab and waits."""

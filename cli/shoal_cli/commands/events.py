@@ -22,9 +22,8 @@ from shoal_cli.commands.options import (
     one_of,
     reject_together,
 )
-from shoal_common.bus.subjects import SERVICES
 from shoal_common.logs import quote_value
-from shoal_common.names import check_node
+from shoal_common.names import SERVICES, check_node
 from shoal_common.units import parse_duration_s
 
 app = new_app()

@@ -11,7 +11,7 @@ from shoal_cli.command_app import CommandHelp, new_app
 from shoal_cli.commands import completion
 from shoal_cli.commands.options import HomeOption, one_of
 from shoal_cli.node import down as node_down
-from shoal_common.bus.subjects import SERVICES
+from shoal_common.names import SERVICES
 
 app = new_app()
 

@@ -12,8 +12,7 @@ from shoal_cli.command_app import CommandHelp, new_app
 from shoal_cli.commands.options import HomeOption, in_range
 from shoal_cli.commands.setting_options import NONE_GIVEN, GivenSettings, setting_options
 from shoal_cli.node.node_plan import GATEWAY_PORT, NATS_PORT, READY_DEADLINE_S, UpOptions
-from shoal_common.bus.subjects import SERVICES
-from shoal_common.names import check_node
+from shoal_common.names import SERVICES, check_node
 from shoal_common.settings.node import StorageSettings
 from shoal_common.settings.values import changeable
 

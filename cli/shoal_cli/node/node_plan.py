@@ -11,9 +11,9 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from shoal_common.bus.subjects import SERVICES
 from shoal_common.config import is_loopback
 from shoal_common.errors import BadInput, Refused
+from shoal_common.names import SERVICES
 from shoal_common.redaction import HUB_TOKENS
 from shoal_common.settings.declaration import Value
 from shoal_common.settings.node import PortSettings, StorageSettings

@@ -13,6 +13,8 @@ import msgspec
 
 from shoal_common.errors import BadName
 
+SERVICES = ("storage", "fetcher", "fileserver", "placement", "inference", "gateway")
+
 # Hugging Face: one or two parts of up to 96 characters. A part never starts or ends with '.' or '-', and contains
 # neither '..' nor '--', which keeps `<org>--<name>` on disk unambiguous.
 _PART = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from shoal_cli.node.children.nats_process import find_program
-from shoal_common.bus.subjects import SERVICES
+from shoal_common.names import SERVICES
 from tests.harness.process import checked_run
 
 DEPLOY = Path(__file__).parents[3] / "deploy"

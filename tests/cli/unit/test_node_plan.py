@@ -17,8 +17,8 @@ from shoal_cli.node.node_plan import (
     url_token,
     without_token,
 )
-from shoal_common.bus.subjects import SERVICES
 from shoal_common.errors import BadInput, Refused
+from shoal_common.names import SERVICES
 
 SECRET = "0123456789abcdef"
 

@@ -20,8 +20,8 @@ from shoal_common.bus import subjects
 from shoal_common.bus.cluster_lease import LeaseValue
 from shoal_common.bus.keys import liveness_key, origin_key
 from shoal_common.messages import decode, encode
+from shoal_common.messages.downloads import HaveMessage
 from shoal_common.messages.liveness import LivenessRecord, NodeFacts, ProcessIdentity
-from shoal_common.messages.swarm import HaveMessage
 from shoal_common.store.bitmap import LEAF_BYTES, leaf_count
 from shoal_common.store.leaf_hash import leaf_hash
 from shoal_common.store.leaf_set import from_bitmap, leaf_range, leaf_ranges, to_bitmap

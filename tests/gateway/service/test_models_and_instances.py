@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 
 from shoal_common.bus.keys import liveness_key
-from shoal_common.bus.subjects import SERVICES
 from shoal_common.errors import Corrupt, NoMemory
 from shoal_common.messages.downloads import DownloadState
 from shoal_common.messages.instances import InstanceState
 from shoal_common.messages.liveness import LivenessRecord, NodeAddress, NodeFacts, ProcessIdentity
 from shoal_common.messages.placement import PlaceCommand, Unplace
 from shoal_common.messages.storage import Delete, StorageState
+from shoal_common.names import SERVICES
 from tests.gateway.fake_cluster import COMMIT, cluster, error_of, running
 from tests.gateway.running_gateway import NODE, RunningGateway
 

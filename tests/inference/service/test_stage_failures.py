@@ -94,7 +94,7 @@ def test_a_stage_forgets_a_request_whose_frames_stop_coming(models: Models, own_
         child = ring.children[1]
         ring.signal(0, signal.SIGKILL)
         await child.wait(Unlinked)
-        _reader, writer = await greet(child, member(rank=0))
+        _reader, writer = await greet(child, place(rank=0))
         meta = b'{"request":"left","first_index":0,"max_tokens":5,"temperature":0.0,"top_p":1.0,"seed":1,'
         meta += b'"generated":[]}'
         writer.write(encode_frame(make_frame(Kind.OPEN, ring_tag("i1", 3), bytes(16), meta=meta)))
@@ -115,11 +115,11 @@ def test_a_moved_neighbour_is_followed(models: Models, own_ring: Rings, run: Run
     assert len(run(ring.generate(PROMPT, 5))) == 5
 
 
-def member(*, rank: int, secret: bytes = SECRET, epoch: int = 3) -> handshake.Member:
-    return handshake.Member(instance="i1", epoch=epoch, rank=rank, stages=2, secret=secret)
+def place(*, rank: int, secret: bytes = SECRET, epoch: int = 3) -> handshake.RingPlace:
+    return handshake.RingPlace(instance="i1", epoch=epoch, rank=rank, stages=2, secret=secret)
 
 
-async def greet(child: Child, who: handshake.Member) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+async def greet(child: Child, who: handshake.RingPlace) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     """Connect to a stage as its predecessor, as far as the stage allows."""
     port = (await child.wait(Listening)).port
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -143,10 +143,10 @@ def besieged(models: Models, shared_rings: Rings) -> RingOfStages:
 
 
 @pytest.mark.parametrize(
-    "who", [member(rank=0, secret=b"guessed"), member(rank=0, epoch=2)], ids=["wrong-secret", "old-epoch"]
+    "who", [place(rank=0, secret=b"guessed"), place(rank=0, epoch=2)], ids=["wrong-secret", "old-epoch"]
 )
 def test_I12_a_stranger_is_refused_and_the_ring_stays_linked(
-    who: handshake.Member, besieged: RingOfStages, run: Run[Any]
+    who: handshake.RingPlace, besieged: RingOfStages, run: Run[Any]
 ) -> None:
     async def refused() -> None:
         before = (await besieged.children[1].stats()).refused_connections
@@ -191,7 +191,7 @@ def test_a_hostile_frame_closes_only_its_connection(name: str, besieged: RingOfS
     # With the secret this connection replaces the real predecessor's, which then reconnects by itself.
     async def attacked() -> None:
         child = besieged.children[1]
-        reader, writer = await greet(child, member(rank=0))
+        reader, writer = await greet(child, place(rank=0))
         writer.write(hostile_frames()[name])
         if name == "truncated":
             writer.write_eof()

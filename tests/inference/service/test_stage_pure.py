@@ -101,15 +101,15 @@ def test_a_hidden_state_crosses_bit_by_bit(dtype: mx.Dtype) -> None:
     assert mx.array_equal(back, h).item()
 
 
-def member(**changes: Any) -> handshake.Member:
-    return handshake.Member(**{"instance": "i1", "epoch": 1, "rank": 0, "stages": 3, "secret": b"s", **changes})
+def place(**changes: Any) -> handshake.RingPlace:
+    return handshake.RingPlace(**{"instance": "i1", "epoch": 1, "rank": 0, "stages": 3, "secret": b"s", **changes})
 
 
 def test_neighbours_with_the_secret_authenticate_each_other() -> None:
     nonce, own = bytes(32), bytes([1]) * 32
-    hello = handshake.hello(member(), nonce, own)
-    assert handshake.check_hello(member(rank=1), nonce, hello[2:]) == own
-    handshake.check_welcome(member(), nonce, own, handshake.welcome(member(rank=1), nonce, own))
+    hello = handshake.hello(place(), nonce, own)
+    assert handshake.check_hello(place(rank=1), nonce, hello[2:]) == own
+    handshake.check_welcome(place(), nonce, own, handshake.welcome(place(rank=1), nonce, own))
 
 
 @pytest.mark.parametrize(
@@ -123,21 +123,21 @@ def test_neighbours_with_the_secret_authenticate_each_other() -> None:
     ],
 )
 def test_strangers_are_refused_and_distinguished_in_the_log(changes: dict[str, Any], expected: str) -> None:
-    hello = handshake.hello(member(**changes), bytes(32), bytes(32))
+    hello = handshake.hello(place(**changes), bytes(32), bytes(32))
     with pytest.raises(errors.HandshakeRefused, match=expected):
-        handshake.check_hello(member(rank=1), bytes(32), hello[2:])
+        handshake.check_hello(place(rank=1), bytes(32), hello[2:])
 
 
 def test_a_hello_recorded_earlier_does_not_match_a_fresh_nonce() -> None:
-    hello = handshake.hello(member(), bytes(32), bytes(32))
+    hello = handshake.hello(place(), bytes(32), bytes(32))
     with pytest.raises(errors.HandshakeRefused, match="proof"):
-        handshake.check_hello(member(rank=1), bytes([9]) * 32, hello[2:])
+        handshake.check_hello(place(rank=1), bytes([9]) * 32, hello[2:])
 
 
 def test_a_listener_without_the_secret_gets_no_hidden_states() -> None:
-    forged = handshake.welcome(member(rank=1, secret=b"other"), bytes(32), bytes(32))
+    forged = handshake.welcome(place(rank=1, secret=b"other"), bytes(32), bytes(32))
     with pytest.raises(errors.HandshakeRefused, match="welcome"):
-        handshake.check_welcome(member(), bytes(32), bytes(32), forged)
+        handshake.check_welcome(place(), bytes(32), bytes(32), forged)
 
 
 @given(st.integers(1, 200), st.integers(1, 50))

@@ -13,7 +13,7 @@ import pytest
 from shoal_inference.stage.errors import LinkError
 from shoal_inference.stage.ring import connection
 from shoal_inference.stage.ring.frames import MAX_PAYLOAD_BYTES, Frame, ring_tag
-from shoal_inference.stage.ring.handshake import Member
+from shoal_inference.stage.ring.handshake import RingPlace
 from shoal_inference.stage.ring.ring import MAX_HANDSHAKES_PER_ADDRESS, Predecessor, Successor
 
 RING = ring_tag("i1", 3)
@@ -22,8 +22,8 @@ IDLE_CONNECTIONS = 64
 LINKS_WITHIN_S = 1.0
 
 
-def member(rank: int) -> Member:
-    return Member(instance="i1", epoch=3, rank=rank, stages=2, secret=b"the ring's secret")
+def place(rank: int) -> RingPlace:
+    return RingPlace(instance="i1", epoch=3, rank=rank, stages=2, secret=b"the ring's secret")
 
 
 class Listening:
@@ -32,7 +32,7 @@ class Listening:
     def __init__(self) -> None:
         self.linked = asyncio.Event()
         self.predecessor = Predecessor(
-            member(1), RING, FRAME_TIMEOUT_S, MAX_PAYLOAD_BYTES, self.linked.set, self._down, self._ignore
+            place(1), RING, FRAME_TIMEOUT_S, MAX_PAYLOAD_BYTES, self.linked.set, self._down, self._ignore
         )
         self.listener = self.predecessor.listen("127.0.0.1")
         self.port: int = self.listener.getsockname()[1]
@@ -58,7 +58,7 @@ async def listening() -> AsyncIterator[Listening]:
 
 @asynccontextmanager
 async def linking(stage: Listening) -> AsyncIterator[Successor]:
-    successor = Successor(member(0), RING, FRAME_TIMEOUT_S, lambda: None, lambda _: None)
+    successor = Successor(place(0), RING, FRAME_TIMEOUT_S, lambda: None, lambda _: None)
     successor.target("127.0.0.1", stage.port)
     running = asyncio.create_task(successor.run())
     try:

@@ -14,7 +14,7 @@ from shoal_inference.stage import logs
 from shoal_inference.stage.errors import LinkClosed
 from shoal_inference.stage.ring import connection
 from shoal_inference.stage.ring.connection import Connection
-from shoal_inference.stage.ring.handshake import Member
+from shoal_inference.stage.ring.handshake import RingPlace
 from shoal_inference.stage.ring.ring import Successor
 
 PREFIX = r"ts=\S+ level=\w+ service=stage node=b "
@@ -45,8 +45,8 @@ async def test_an_unreachable_next_stage_is_logged_once_by_its_node(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     logs.configure("b", instance="i1", rank=1)
-    member = Member(instance="i1", epoch=1, rank=1, stages=3, secret=b"s")
-    successor = Successor(member, b"ring", 1.0, lambda: None, lambda error: None, "c")
+    place = RingPlace(instance="i1", epoch=1, rank=1, stages=3, secret=b"s")
+    successor = Successor(place, b"ring", 1.0, lambda: None, lambda error: None, "c")
     attempted = asyncio.Event()
 
     async def refuse(*_: object) -> Connection:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal_common.bus.subjects import SERVICES
 from shoal_common.messages.instances import InstanceState
+from shoal_common.names import SERVICES
 from shoal_placement.leader.failure_rules import PINGED_SERVICES, nodes_present, services_to_ping, unresponsive_keys
 
 NODES = ("a", "a-2", "b")

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 from shoal_cli.doctor.checks.services import SystemdUnit
-from shoal_common.bus.subjects import SERVICES
+from shoal_common.names import SERVICES
 
 _DEADLINE_S = 3.0
 _UNITS = Path(".config") / "systemd" / "user"

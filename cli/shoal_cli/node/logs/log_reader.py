@@ -10,8 +10,8 @@ from pathlib import Path
 
 from shoal_cli.node.logs.log_rotation import tail
 from shoal_cli.node_home import Home
-from shoal_common.bus.subjects import SERVICES
 from shoal_common.errors import NotFound
+from shoal_common.names import SERVICES
 
 NAMES = (*SERVICES, "nats", "supervisor")
 _POLL_INTERVAL_S = 0.25

@@ -30,6 +30,11 @@ def node_key(node: str) -> str:
     return f"node.{check_node(node)}"
 
 
+def member_key(node: str) -> str:
+    """Key in `spec` of a node that belongs to the cluster."""
+    return f"member.{check_node(node)}"
+
+
 def storage_key(node: str) -> str:
     """Key in `state` of a node's disk."""
     return f"storage.{check_node(node)}"

@@ -6,7 +6,6 @@ from shoal_common.names import check_blob, check_id, check_node
 
 ROOT = "shoal.v1"
 ANY = "any"
-SERVICES = ("storage", "fetcher", "fileserver", "placement", "inference", "gateway")
 
 COMMANDS = f"{ROOT}.cmd.>"
 EVENTS = f"{ROOT}.evt.>"

@@ -19,7 +19,7 @@ from shoal_common.bus import subjects
 from shoal_common.errors import BadMessage
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages import decode, encode
-from shoal_common.messages.swarm import HaveMessage
+from shoal_common.messages.downloads import HaveMessage
 from shoal_common.store.bitmap import LEAF_BYTES, leaf_count
 from shoal_common.store.leaf_hash import HASH_BYTES
 from shoal_common.store.leaf_set import enclosing_range, from_bitmap, leaf_range, to_bitmap

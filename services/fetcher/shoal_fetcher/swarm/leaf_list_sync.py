@@ -8,7 +8,7 @@ from collections.abc import Coroutine
 
 from shoal_common.errors import ShoalError
 from shoal_common.logs import StructuredLogger
-from shoal_common.messages.swarm import HaveMessage
+from shoal_common.messages.downloads import HaveMessage
 from shoal_common.store.leaf_hash import HASH_BYTES, hash_leaf_list, leaf_list_size
 from shoal_common.store.leaf_set import enclosing_range, leaf_range
 from shoal_fetcher.sources.source_selection import agreed_digest

@@ -12,7 +12,7 @@ import msgspec
 from shoal_common.concurrency.notifier import Notifier
 from shoal_common.errors import Corrupt, NotFound, ShoalError, Unavailable
 from shoal_common.logs import StructuredLogger
-from shoal_common.messages.swarm import HaveMessage
+from shoal_common.messages.downloads import HaveMessage
 from shoal_common.store.leaf_set import leaf_range, leaf_ranges
 from shoal_fetcher.hub.range_reader import was_timeout
 from shoal_fetcher.swarm.context import BlobFetchContext

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import msgspec
 
-from shoal_common.bus.subjects import SERVICES
 from shoal_common.host.addresses import reachable_addresses
 from shoal_common.host.interfaces import Interface
 from shoal_common.messages.downloads import DownloadState
@@ -26,7 +25,7 @@ from shoal_common.messages.views import (
     StatusView,
     StorageView,
 )
-from shoal_common.names import ModelId, model_id
+from shoal_common.names import SERVICES, ModelId, model_id
 from shoal_gateway.cluster.snapshot import ClusterSnapshot
 
 _MEMORY_SOURCES = ("inference", "storage", *SERVICES)

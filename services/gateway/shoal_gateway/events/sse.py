@@ -21,9 +21,10 @@ from typing import Any
 
 import msgspec
 
-from shoal_common.bus.subjects import SERVICES, event
+from shoal_common.bus.subjects import event
 from shoal_common.errors import BadInput, BadMessage
 from shoal_common.messages import decode
+from shoal_common.names import SERVICES
 from shoal_common.units import parse_duration_s
 
 MAX_LAST = 10_000

@@ -33,7 +33,7 @@ from shoal_inference.stage.requests.lease_lock import hold
 from shoal_inference.stage.requests.pipeline import StagePipeline
 from shoal_inference.stage.requests.rank0 import Rank0Driver
 from shoal_inference.stage.ring.frames import MAX_PAYLOAD_BYTES
-from shoal_inference.stage.ring.handshake import Member
+from shoal_inference.stage.ring.handshake import RingPlace
 from shoal_inference.stage.ring.ring import Predecessor, Successor
 
 START_WITHIN_S = 30.0
@@ -125,7 +125,7 @@ def _join_ring(core: StagePipeline, lead: Rank0Driver | None, group: asyncio.Tas
     if start.stages == 1:
         core.emit(Listening(port=0))
         return
-    member = Member(
+    place = RingPlace(
         instance=start.instance,
         epoch=start.epoch,
         rank=start.rank,
@@ -134,20 +134,20 @@ def _join_ring(core: StagePipeline, lead: Rank0Driver | None, group: asyncio.Tas
     )
     follow = FollowerDriver(core)
     core.successor = Successor(
-        member,
+        place,
         core.ring,
         start.frame_timeout_s,
         core.link_up,
-        lambda error: core.link_down(member.successor, error),
-        start.node_of(member.successor),
+        lambda error: core.link_down(place.successor, error),
+        start.node_of(place.successor),
     )
     core.predecessor = Predecessor(
-        member,
+        place,
         core.ring,
         start.frame_timeout_s,
         MAX_PAYLOAD_BYTES,
         core.link_up,
-        lambda error: core.link_down(member.predecessor, error),
+        lambda error: core.link_down(place.predecessor, error),
         follow.on_frame if lead is None else lead.on_frame,
     )
     try:

@@ -23,7 +23,7 @@ from shoal_common.logs import StructuredLogger
 from shoal_common.messages.instances import InstanceSpec, StageState
 from shoal_common.messages.liveness import LivenessRecord
 from shoal_common.messages.placement import Forget, NodeState
-from shoal_common.names import check_node
+from shoal_common.names import SERVICES, check_node
 from shoal_common.service import ServiceContext
 from shoal_placement.catch_up import catch_up
 from shoal_placement.leader.fenced_writes import FencedBucket, LeaderWrites
@@ -155,7 +155,7 @@ class NodeGarbageCollector:
     async def _drop_commands(self, node: str) -> None:
         """Delete the commands that wait for a node, and the consumers that would deliver them."""
         js = self._context.nats.js
-        for service in subjects.SERVICES:
+        for service in SERVICES:
             if not self._may_collect(node):
                 return
             await retry_while_nats_down(partial(js.purge_stream, "CMD", subject=subjects.all_commands(service, node)))

@@ -133,7 +133,7 @@ async def _open(sock: socket.socket) -> tuple[asyncio.StreamReader, asyncio.Stre
 
 
 async def accept(
-    sock: socket.socket, member: handshake.Member, ring: bytes, timeout_s: float, max_payload_bytes: int
+    sock: socket.socket, place: handshake.RingPlace, ring: bytes, timeout_s: float, max_payload_bytes: int
 ) -> Connection:
     """The acceptor's half of the handshake on a connected socket; closes it and raises LinkError if it fails.
 
@@ -147,8 +147,8 @@ async def accept(
             size = int.from_bytes(await reader.readexactly(2), "little")
             if size > handshake.MAX_HELLO_BYTES:
                 raise BadFrame(f"a hello of {size} bytes exceeds {handshake.MAX_HELLO_BYTES}")
-            peer_nonce = handshake.check_hello(member, nonce, await reader.readexactly(size))
-            writer.write(handshake.welcome(member, nonce, peer_nonce))
+            peer_nonce = handshake.check_hello(place, nonce, await reader.readexactly(size))
+            writer.write(handshake.welcome(place, nonce, peer_nonce))
             await writer.drain()
     except BaseException:
         writer.transport.abort()
@@ -156,7 +156,7 @@ async def accept(
     return Connection(reader, writer, ring=ring, frame_timeout_s=timeout_s, max_payload_bytes=max_payload_bytes)
 
 
-async def connect(host: str, port: int, member: handshake.Member, ring: bytes, timeout_s: float) -> Connection:
+async def connect(host: str, port: int, place: handshake.RingPlace, ring: bytes, timeout_s: float) -> Connection:
     """Connect to the next stage and prove membership, both ways; raises LinkError."""
     async with _mapped(f"connecting to {host}:{port}", timeout_s):
         reader, writer = await asyncio.open_connection(host, port, limit=READ_BUFFER_BYTES)
@@ -166,9 +166,9 @@ async def connect(host: str, port: int, member: handshake.Member, ring: bytes, t
             tune(sock)
             peer_nonce = handshake.read_challenge(await reader.readexactly(handshake.CHALLENGE_BYTES))
             nonce = os.urandom(handshake.NONCE_BYTES)
-            writer.write(handshake.hello(member, peer_nonce, nonce))
+            writer.write(handshake.hello(place, peer_nonce, nonce))
             proof = await reader.readexactly(handshake.PROOF_BYTES)
-            handshake.check_welcome(member, peer_nonce, nonce, proof)
+            handshake.check_welcome(place, peer_nonce, nonce, proof)
     except BaseException:
         writer.transport.abort()
         raise

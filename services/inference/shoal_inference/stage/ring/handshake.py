@@ -20,7 +20,7 @@ PROOF_BYTES = 32
 MAX_HELLO_BYTES = 4096
 
 
-class Member(msgspec.Struct, frozen=True, kw_only=True):
+class RingPlace(msgspec.Struct, frozen=True, kw_only=True):
     """One stage's place: the ring's name and secret, and its own rank."""
 
     instance: str
@@ -51,10 +51,10 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
     proof: bytes
 
 
-def _proof(member: Member, label: bytes, nonces: bytes, sender: int, receiver: int) -> bytes:
-    instance = member.instance.encode()
-    numbers = b"".join(n.to_bytes(8, "little") for n in (len(instance), member.epoch, sender, receiver))
-    return hmac.digest(member.secret, label + nonces + numbers + instance, hashlib.sha256)
+def _proof(place: RingPlace, label: bytes, nonces: bytes, sender: int, receiver: int) -> bytes:
+    instance = place.instance.encode()
+    numbers = b"".join(n.to_bytes(8, "little") for n in (len(instance), place.epoch, sender, receiver))
+    return hmac.digest(place.secret, label + nonces + numbers + instance, hashlib.sha256)
 
 
 def challenge(nonce: bytes) -> bytes:
@@ -69,15 +69,15 @@ def read_challenge(data: bytes) -> bytes:
     return data[len(MAGIC) :]
 
 
-def hello(member: Member, acceptor_nonce: bytes, own_nonce: bytes) -> bytes:
+def hello(place: RingPlace, acceptor_nonce: bytes, own_nonce: bytes) -> bytes:
     """The connector's answer, with its length before it."""
-    to = member.successor
-    proof = _proof(member, b"connect", acceptor_nonce + own_nonce, member.rank, to)
+    to = place.successor
+    proof = _proof(place, b"connect", acceptor_nonce + own_nonce, place.rank, to)
     body = msgspec.json.encode(
         Hello(
-            instance=member.instance,
-            epoch=member.epoch,
-            rank=member.rank,
+            instance=place.instance,
+            epoch=place.epoch,
+            rank=place.rank,
             to=to,
             nonce=own_nonce,
             proof=proof,
@@ -86,7 +86,7 @@ def hello(member: Member, acceptor_nonce: bytes, own_nonce: bytes) -> bytes:
     return len(body).to_bytes(2, "little") + body
 
 
-def check_hello(member: Member, acceptor_nonce: bytes, body: bytes) -> bytes:
+def check_hello(place: RingPlace, acceptor_nonce: bytes, body: bytes) -> bytes:
     """The connector's nonce if it is this stage's predecessor in this ring; raises Refused saying what differs."""
     try:
         said = msgspec.json.decode(body, type=Hello)
@@ -94,27 +94,27 @@ def check_hello(member: Member, acceptor_nonce: bytes, body: bytes) -> bytes:
         raise HandshakeRefused(f"its hello does not decode: {error}") from None
     # The claims are compared for the log's sake; only the proof is believed, and it covers this stage's own values.
     claims = (
-        ("instance", said.instance, member.instance),
-        ("epoch", said.epoch, member.epoch),
-        ("rank", said.rank, member.predecessor),
-        ("to", said.to, member.rank),
+        ("instance", said.instance, place.instance),
+        ("epoch", said.epoch, place.epoch),
+        ("rank", said.rank, place.predecessor),
+        ("to", said.to, place.rank),
     )
     for name, theirs, ours in claims:
         if theirs != ours:
             raise HandshakeRefused(f"its {name} is {str(theirs)[:80]!r}, expected {ours!r}")
-    expected = _proof(member, b"connect", acceptor_nonce + said.nonce, member.predecessor, member.rank)
+    expected = _proof(place, b"connect", acceptor_nonce + said.nonce, place.predecessor, place.rank)
     if len(said.nonce) != NONCE_BYTES or not hmac.compare_digest(expected, said.proof):
         raise HandshakeRefused("its proof does not match: it does not hold this instance's secret")
     return said.nonce
 
 
-def welcome(member: Member, acceptor_nonce: bytes, connector_nonce: bytes) -> bytes:
+def welcome(place: RingPlace, acceptor_nonce: bytes, connector_nonce: bytes) -> bytes:
     """The acceptor's proof; after it frames may flow."""
-    return _proof(member, b"accept", connector_nonce + acceptor_nonce, member.predecessor, member.rank)
+    return _proof(place, b"accept", connector_nonce + acceptor_nonce, place.predecessor, place.rank)
 
 
-def check_welcome(member: Member, acceptor_nonce: bytes, own_nonce: bytes, proof: bytes) -> None:
+def check_welcome(place: RingPlace, acceptor_nonce: bytes, own_nonce: bytes, proof: bytes) -> None:
     """Raises Refused unless the acceptor is this stage's successor in this ring."""
-    expected = _proof(member, b"accept", own_nonce + acceptor_nonce, member.rank, member.successor)
+    expected = _proof(place, b"accept", own_nonce + acceptor_nonce, place.rank, place.successor)
     if not hmac.compare_digest(expected, proof):
         raise HandshakeRefused("its welcome does not match: another process may listen at the next stage's address")

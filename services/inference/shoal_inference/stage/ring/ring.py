@@ -17,7 +17,7 @@ from shoal_inference.stage.errors import LinkClosed, LinkError
 from shoal_inference.stage.ring import connection
 from shoal_inference.stage.ring.connection import Connection
 from shoal_inference.stage.ring.frames import Frame
-from shoal_inference.stage.ring.handshake import Member
+from shoal_inference.stage.ring.handshake import RingPlace
 
 MAX_HANDSHAKES = 64
 """Unauthenticated connections at a time: the oldest makes room for a new one."""
@@ -33,14 +33,14 @@ class Successor:
 
     def __init__(
         self,
-        member: Member,
+        place: RingPlace,
         ring: bytes,
         timeout_s: float,
         up: Callable[[], None],
         down: Callable[[LinkError], None],
         node: str = "-",
     ) -> None:
-        self._member = member
+        self._place = place
         self._ring = ring
         self._timeout_s = timeout_s
         self._node = node
@@ -81,7 +81,7 @@ class Successor:
                 continue
             host, port = self._address
             try:
-                live = await connection.connect(host, port, self._member, self._ring, self._timeout_s)
+                live = await connection.connect(host, port, self._place, self._ring, self._timeout_s)
             except LinkError as error:
                 failures += 1
                 self._log_unreachable((host, port), error)
@@ -106,7 +106,7 @@ class Successor:
             self._logged_unreachable = address
             log.warning(
                 "next stage is unreachable",
-                peer_rank=self._member.successor,
+                peer_rank=self._place.successor,
                 peer_node=self._node,
                 reason=error.message,
             )
@@ -114,7 +114,7 @@ class Successor:
     def _log_reached(self) -> None:
         if self._logged_unreachable is not None:
             self._logged_unreachable = None
-            log.info("next stage is reachable", peer_rank=self._member.successor, peer_node=self._node)
+            log.info("next stage is reachable", peer_rank=self._place.successor, peer_node=self._node)
 
     async def _pause(self, delay_s: float, seen: int) -> None:
         with suppress(TimeoutError):
@@ -123,7 +123,7 @@ class Successor:
 
     def _connected(self) -> Connection:
         if self._live is None:
-            raise LinkClosed(f"no link to rank {self._member.successor}")
+            raise LinkClosed(f"no link to rank {self._place.successor}")
         return self._live
 
 
@@ -132,7 +132,7 @@ class Predecessor:
 
     def __init__(
         self,
-        member: Member,
+        place: RingPlace,
         ring: bytes,
         timeout_s: float,
         max_payload_bytes: int,
@@ -140,7 +140,7 @@ class Predecessor:
         down: Callable[[LinkError], None],
         on_frame: Callable[[Frame], Awaitable[None]],
     ) -> None:
-        self._member = member
+        self._place = place
         self._ring = ring
         self._timeout_s = timeout_s
         self._max_payload_bytes = max_payload_bytes
@@ -195,7 +195,7 @@ class Predecessor:
         task = asyncio.current_task()
         assert task is not None
         try:
-            fresh = await connection.accept(sock, self._member, self._ring, self._timeout_s, self._max_payload_bytes)
+            fresh = await connection.accept(sock, self._place, self._ring, self._timeout_s, self._max_payload_bytes)
         except (LinkError, OSError) as error:
             self._refuse(peer, str(error))
             return
