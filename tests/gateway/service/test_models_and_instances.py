@@ -92,16 +92,18 @@ async def test_delete_on_a_down_node_is_503(gateway: RunningGateway) -> None:
 async def test_place_waits_until_the_instance_is_ready(gateway: RunningGateway) -> None:
     async with cluster(gateway) as c:
         await c.inference("a")
+        starting = asyncio.Event()
 
         async def place(command: PlaceCommand) -> object:
             assert (command.model, command.max_nodes, command.nodes) == ("org/tiny", 2, ["a"])
             await c.placed("i1", "org/tiny", ["a"], phase="starting")
+            starting.set()
             return {"instance": "i1"}
 
         await c.worker("placement", "any", "place", PlaceCommand, place)
         body = {"model": "org/tiny", "max_nodes": 2, "nodes": ["a"]}
         asking = asyncio.create_task(c.http.post("/v1/instances", json=body))
-        await c.seen("/v1/instances", lambda s: bool(s["instances"]))
+        await starting.wait()
         assert not asking.done()
         await c.placed("i1", "org/tiny", ["a"])
         response = await asking
