@@ -33,6 +33,7 @@ from shoal_common.host import addresses
 from shoal_common.host.file_kinds import read_text_file
 from shoal_common.host.interfaces import Interface
 from shoal_common.host.private_files import FILE_MODE, make_home, open_private
+from shoal_common.identity.node_identity import NodeIdentity, load_identity
 from shoal_common.messages.liveness import NodeAddress
 from shoal_common.names import check_node, node_id_from_hostname
 from shoal_common.settings.node import StorageSettings
@@ -56,6 +57,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     replicas: int = 1
     settings: dict[str, Any] = {}
     """The parsed node.toml."""
+    identity: NodeIdentity | None = None
+    """This node's keys; None outside a cluster."""
 
     @property
     def store(self) -> Path:
@@ -199,8 +202,9 @@ def read_config(service: str, environ: Mapping[str, str]) -> Config:
     """Return one service's configuration. Raises BadInput if something is missing or wrong."""
     home = home_directory(environ)
     bind = environ.get("SHOAL_BIND") or "127.0.0.1"
-    secret = environ.get("SHOAL_SECRET", "")
-    if not is_loopback(bind) and not secret:
+    node, secret = ensure_node_id(home), environ.get("SHOAL_SECRET", "")
+    identity = load_identity(home, node)
+    if not is_loopback(bind) and not secret and identity is None:
         raise BadInput(
             f"{service} will not listen on {bind} without a credential (I12): set SHOAL_SECRET, "
             "or start the node with `shoal up --bind`, which creates one"
@@ -212,7 +216,7 @@ def read_config(service: str, environ: Mapping[str, str]) -> Config:
         raise BadInput(f"SHOAL_LOG is {log_level!r}: set debug, info or warning")
     return Config(
         service=service,
-        node=ensure_node_id(home),
+        node=node,
         home=home,
         nats=[s.strip() for s in (environ.get("SHOAL_NATS") or DEFAULT_NATS).split(",") if s.strip()],
         bind=bind,
@@ -221,4 +225,5 @@ def read_config(service: str, environ: Mapping[str, str]) -> Config:
         log_level=log_level,
         replicas=int(replicas),
         settings=read_settings_file(home),
+        identity=identity,
     )

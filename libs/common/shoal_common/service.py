@@ -24,6 +24,7 @@ from shoal_common import VERSION, logs, telemetry
 from shoal_common.bus import cluster_clock
 from shoal_common.bus.connection import DRAIN_TIMEOUT_S, Nats, connected
 from shoal_common.bus.events import EventEmitter
+from shoal_common.bus.keys import member_key
 from shoal_common.bus.kv_bucket import Buckets
 from shoal_common.bus.kv_mirror import KvMirror, follow_forever
 from shoal_common.bus.streams import BucketContent, ensure_streams, lost_buckets, read_bucket_contents
@@ -36,10 +37,12 @@ from shoal_common.host.file_kinds import wrong_kind, wrong_kinds_named
 from shoal_common.host.interfaces import InterfaceMonitor
 from shoal_common.host.own_process import enter_run_directory, file_limit_problem, set_up_process
 from shoal_common.host.sd_notify import ServiceManagerNotifier
+from shoal_common.identity.peer_secrets import PeerSecrets
 from shoal_common.liveness.compatibility import CompatibleLiveMirror, check_cluster_version
 from shoal_common.liveness.liveness import Liveness
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages.liveness import NodeAddress, NodeFacts
+from shoal_common.messages.membership import Member
 from shoal_common.redaction import remember_secrets
 from shoal_common.rpc.command_worker import CommandHandler, CommandWorker
 from shoal_common.rpc.request_reply import RpcClient, RpcEndpoint, serve
@@ -125,6 +128,18 @@ class ServiceContext:
         tasks.create_task(self._until_stopping(follow_forever(self.nats, view, *keys)))
         await view.wait_loaded(MIRROR_DEADLINE_S)
         return view
+
+    async def peer_secrets(self, tasks: asyncio.TaskGroup) -> PeerSecrets:
+        """Return what this node shares with each other one; a task of the group follows who is a member."""
+        if self.config.identity is None:
+            return PeerSecrets(None, lambda _: None)
+        members = await self.mirror(tasks, "spec", "member.*")
+
+        def certificate_of(node: str) -> str | None:
+            member = members.get(member_key(node), Member)
+            return member.certificate if member else None
+
+        return PeerSecrets(self.config.identity, certificate_of)
 
     async def _until_stopping(self, work: Awaitable[None]) -> None:
         working = asyncio.ensure_future(work)
