@@ -15,19 +15,26 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractAsyncContextManager, suppress
+from functools import partial
 from typing import Literal, overload
 
 from nats.js.errors import NotFoundError
 
 from shoal_common import VERSION, logs, telemetry
 from shoal_common.bus import cluster_clock
-from shoal_common.bus.connection import DRAIN_TIMEOUT_S, Nats, connected
+from shoal_common.bus.connection import DRAIN_TIMEOUT_S, Nats, connected, login_of
 from shoal_common.bus.events import EventEmitter
 from shoal_common.bus.keys import member_key
 from shoal_common.bus.kv_bucket import Buckets
 from shoal_common.bus.kv_mirror import KvMirror, follow_forever
-from shoal_common.bus.streams import BucketContent, ensure_streams, lost_buckets, read_bucket_contents
+from shoal_common.bus.streams import (
+    BucketContent,
+    ensure_streams,
+    lost_buckets,
+    read_bucket_contents,
+    wait_for_streams,
+)
 from shoal_common.concurrency import cancellation
 from shoal_common.concurrency.backoff import Backoff
 from shoal_common.concurrency.cancellation import DetachedTasks, cancel_and_wait, describe
@@ -156,7 +163,19 @@ class ServiceContext:
         tasks.create_task(self._until_stopping(work))
 
 
-async def _watch_store(nats: Nats, replicas: int, liveness: Liveness) -> None:
+def _connection(config: Config) -> AbstractAsyncContextManager[Nats]:
+    login = login_of(config.identity, config.service) if config.identity else None
+    return connected(config.nats, name=f"{config.service}.{config.node}", login=login)
+
+
+def _stream_check(nats: Nats, config: Config) -> Callable[[], Awaitable[None]]:
+    """Return what makes sure of the streams: without an operator, whichever service comes first makes them."""
+    if config.identity is not None:
+        return partial(wait_for_streams, nats.js)
+    return partial(ensure_streams, nats.js, config.replicas)
+
+
+async def _watch_store(nats: Nats, have_streams: Callable[[], Awaitable[None]], liveness: Liveness) -> None:
     # A NATS that lost its store comes back without streams; a stream may also be purged or removed while it is up.
     # Every service creates what is missing (the first one wins) and publishes its state again.
     seen, contents = nats.reconnects.count, await read_bucket_contents(nats.js)
@@ -169,9 +188,9 @@ async def _watch_store(nats: Nats, replicas: int, liveness: Liveness) -> None:
         # Down, or lost again meanwhile: the next reconnection or check repeats this.
         with suppress(Unavailable, NotFoundError):
             if has_reconnected:
-                await ensure_streams(nats.js, replicas)
+                await have_streams()
                 liveness.renew_now()
-            lost = await _find_lost_buckets(nats, replicas, contents)
+            lost = await _find_lost_buckets(nats, have_streams, contents)
             if lost:
                 log.warning("NATS lost what it stored; publishing this service's state again", buckets=",".join(lost))
                 if not has_reconnected:
@@ -184,12 +203,14 @@ async def _watch_store(nats: Nats, replicas: int, liveness: Liveness) -> None:
             await cluster_clock.sync_from_nats(nats.client)
 
 
-async def _find_lost_buckets(nats: Nats, replicas: int, contents: dict[str, BucketContent]) -> list[str]:
+async def _find_lost_buckets(
+    nats: Nats, have_streams: Callable[[], Awaitable[None]], contents: dict[str, BucketContent]
+) -> list[str]:
     """Return the buckets that lost what `contents` says they held, and update it."""
     try:
         found = await read_bucket_contents(nats.js)
     except NotFoundError:
-        await ensure_streams(nats.js, replicas)
+        await have_streams()
         found = await read_bucket_contents(nats.js)
     lost = lost_buckets(contents, found)
     contents.update(found)
@@ -225,10 +246,11 @@ async def _run(config: Config, environ: Mapping[str, str], run: Callable[[Servic
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
 
-    async with connected(config.nats, name=f"{config.service}.{config.node}") as nats:
+    async with _connection(config) as nats:
         url = nats.client.connected_url
         log.info("connected", nats=f"{url.hostname}:{url.port}" if url else "")
-        await ensure_streams(nats.js, config.replicas)
+        have_streams = _stream_check(nats, config)
+        await have_streams()
         await cluster_clock.sync_from_nats(nats.client)
         liveness = Liveness(Buckets(nats.js).live, config.node, config.service)
         await check_cluster_version(nats, config.node, config.service)
@@ -241,7 +263,7 @@ async def _run(config: Config, environ: Mapping[str, str], run: Callable[[Servic
                 helpers = [
                     tasks.create_task(liveness.renew_forever()),
                     tasks.create_task(supervisor.watchdog_forever()),
-                    tasks.create_task(_watch_store(nats, config.replicas, liveness)),
+                    tasks.create_task(_watch_store(nats, have_streams, liveness)),
                 ]
                 running = asyncio.ensure_future(run(context))
                 helpers.append(tasks.create_task(_stop_in_time(running, stopping)))

@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 from nats.js import api
+from nats.js import errors as jse
 
 from shoal_common.bus import streams
 from shoal_common.bus.kv_bucket import Bucket
@@ -174,3 +175,14 @@ async def test_a_foreign_stream_on_our_subjects_is_refused_by_name(own_nats: Nat
 
 def test_a_bucket_names_its_subjects_as_key_value_stores_do() -> None:
     assert Bucket.subject(Bucket(None, "state"), "a.b") == "$KV.state.a.b"  # type: ignore[arg-type]  # no I/O here
+
+
+async def test_I12_one_key_written_cannot_remove_the_others(nats: NatsServer, fresh: Fresh) -> None:
+    async with joined(nats) as here:
+        for bucket in (here.buckets.spec, here.buckets.state):
+            key = fresh("key")
+            await bucket.put(key, Note(text="kept"))
+            with pytest.raises(jse.APIError, match="rollup not permitted"):
+                await here.js.publish(bucket.subject(fresh("key")), b"{}", headers={"Nats-Rollup": "all"})
+            assert await bucket.get_as(key, Note) == Note(text="kept")
+            assert await bucket.delete(key)

@@ -142,7 +142,7 @@ def test_a_node_that_is_no_member_shares_nothing(cluster: Cluster) -> None:
 def handshake(server: NodeIdentity, client: NodeIdentity, host: str) -> None:
     """Shake hands in memory. Raises ssl.SSLError."""
     to_client, to_server = ssl.MemoryBIO(), ssl.MemoryBIO()
-    at_client = client_context(client).wrap_bio(to_client, to_server, server_hostname=host)
+    at_client = client_context(client.authority).wrap_bio(to_client, to_server, server_hostname=host)
     at_server = server_context(server).wrap_bio(to_server, to_client, server_side=True)
     for side in (at_client, at_server, at_client, at_server):
         try:

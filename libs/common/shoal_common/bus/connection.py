@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from typing import Any
 
+import msgspec
 import nats
 from nats.js import JetStreamContext
 
 from shoal_common.bus.nats_client import NatsClient, patch_wait_for
 from shoal_common.concurrency.notifier import Notifier
 from shoal_common.errors import Denied, Unavailable
+from shoal_common.identity.certificates import NATS_HOST
+from shoal_common.identity.nkey import Nkey
+from shoal_common.identity.node_identity import NodeIdentity, inbox_prefix
+from shoal_common.identity.tls import client_context
 from shoal_common.logs import StructuredLogger
 
 log = StructuredLogger("nats")
@@ -20,6 +27,20 @@ RECONNECT_WAIT_S = 1
 CONNECT_TIMEOUT_S = 3
 DRAIN_TIMEOUT_S = 5
 REQUEST_TIMEOUT_S = 5.0
+
+
+class NatsLogin(msgspec.Struct, frozen=True):
+    """How a process proves itself to NATS, and by what it knows the server."""
+
+    key: Nkey
+    inbox_prefix: str
+    """Of the subjects of its replies; nobody else may subscribe below it."""
+    tls: ssl.SSLContext
+
+
+def login_of(identity: NodeIdentity, user: str) -> NatsLogin:
+    """Return the login of a service of a node, or of its `cli`. Raises BadInput for a missing or damaged key."""
+    return NatsLogin(identity.nkey(user), inbox_prefix(identity.node, user), client_context(identity.authority))
 
 
 class Nats:
@@ -40,7 +61,9 @@ class Nats:
 
 
 @asynccontextmanager
-async def connected(servers: list[str], name: str, timeout_s: float | None = None) -> AsyncIterator[Nats]:
+async def connected(
+    servers: list[str], name: str, timeout_s: float | None = None, login: NatsLogin | None = None
+) -> AsyncIterator[Nats]:
     """Connect, waiting up to `timeout_s` for a server (None: for ever), and drain at the end.
 
     Raises Unavailable after `timeout_s`, Denied if the server refuses the credentials.
@@ -62,7 +85,17 @@ async def connected(servers: list[str], name: str, timeout_s: float | None = Non
         log.info("reconnected to NATS")
         reconnects.notify()
 
-    client = NatsClient()
+    client = NatsClient(login.key if login else None)
+    options: dict[str, Any] = {}
+    if login is not None:
+        # TLS first: a server that sends anything in the clear is none of ours.
+        options = {
+            "signature_cb": login.key.sign,
+            "inbox_prefix": login.inbox_prefix,
+            "tls": login.tls,
+            "tls_hostname": NATS_HOST,
+            "tls_handshake_first": True,
+        }
     connecting = asyncio.ensure_future(
         client.connect(
             servers=servers,
@@ -74,6 +107,7 @@ async def connected(servers: list[str], name: str, timeout_s: float | None = Non
             reconnect_time_wait=RECONNECT_WAIT_S,
             connect_timeout=CONNECT_TIMEOUT_S,
             drain_timeout=DRAIN_TIMEOUT_S,
+            **options,
         )
     )
     addresses = ", ".join(s.split("@")[-1] for s in servers)

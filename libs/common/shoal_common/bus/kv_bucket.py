@@ -59,7 +59,7 @@ class Bucket:
         last = await self._last_message(key)
         if last is None or _is_marker(last):
             return False
-        headers = {"KV-Operation": "PURGE", "Nats-Rollup": "sub"}
+        headers = {"KV-Operation": "PURGE"}
         return True if await self._publish_fenced(fence, key, b"", headers, DELETE_MARKER_TTL_S) is not None else None
 
     async def _publish_fenced(
@@ -127,7 +127,6 @@ class Bucket:
         fence = last.seq if revision is None else revision
         headers = {
             "KV-Operation": "PURGE",
-            "Nats-Rollup": "sub",
             "Nats-Expected-Last-Subject-Sequence": str(fence),
         }
         try:

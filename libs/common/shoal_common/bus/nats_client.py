@@ -20,6 +20,7 @@ import nats.js.object_store
 from nats.aio.client import Client
 
 from shoal_common.concurrency.cancellation import cancel_and_wait
+from shoal_common.identity.nkey import Nkey
 
 T = TypeVar("T")
 
@@ -35,7 +36,12 @@ WAITING_MODULES: tuple[ModuleType, ...] = (
 
 
 class NatsClient(Client):
-    """A client whose publishing can be cancelled."""
+    """A client whose publishing can be cancelled, and which may prove itself by a key."""
+
+    def __init__(self, key: Nkey | None = None) -> None:
+        super().__init__()
+        # nats-py reads keys from files by the package `nkeys` alone; this is what it does with one.
+        self._public_nkey = key.public if key else None
 
     async def _flush_pending(self, force_flush: bool = False) -> Any:
         # nats-py swallows a cancellation that arrives while a full buffer is flushed.

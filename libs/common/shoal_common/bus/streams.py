@@ -71,7 +71,7 @@ def stream_configs(replicas: int) -> list[api.StreamConfig]:
         **common,
     )
 
-    def bucket(name: str, max_bytes: int, ttl_s: float = 0) -> api.StreamConfig:
+    def bucket(name: str, max_bytes: int, ttl_s: float = 0, keys_expire: bool = True) -> api.StreamConfig:
         return api.StreamConfig(
             name=f"KV_{name}",
             subjects=[f"$KV.{name}.>"],
@@ -81,12 +81,14 @@ def stream_configs(replicas: int) -> list[api.StreamConfig]:
             max_bytes=max_bytes,
             max_msg_size=MIB,
             discard=api.DiscardPolicy.NEW,
-            allow_rollup_hdrs=True,
             allow_direct=True,
             allow_msg_ttl=True,
             deny_delete=True,
             duplicate_window=min(ttl_s, 120) or 120,
-            subject_delete_marker_ttl=DELETE_MARKER_TTL_S,
+            # Expiry leaves a marker for watchers. The server then accepts roll-ups too, by which whoever may write
+            # one key can remove all: so only where keys expire, and are written again.
+            allow_rollup_hdrs=keys_expire,
+            subject_delete_marker_ttl=DELETE_MARKER_TTL_S if keys_expire else None,
             **common,
         )
 
@@ -94,8 +96,8 @@ def stream_configs(replicas: int) -> list[api.StreamConfig]:
         command,
         event,
         bucket("live", 16 * MIB, LIVE_TTL_S),
-        bucket("spec", 64 * MIB),
-        bucket("state", 256 * MIB),
+        bucket("spec", 64 * MIB, keys_expire=False),
+        bucket("state", 256 * MIB, keys_expire=False),
         bucket("lease", 16 * MIB),
         bucket("done", 64 * MIB, DONE_TTL_S),
     ]
@@ -111,6 +113,7 @@ _COMPARED = (
     "storage",
     "no_ack",
     "allow_msg_ttl",
+    "allow_rollup_hdrs",
     "allow_direct",
     "subject_delete_marker_ttl",
 )
@@ -159,6 +162,26 @@ async def ensure_streams(js: JetStreamContext, replicas: int = 1) -> None:
                 f"stream {name} on this NATS server has other settings ({'; '.join(mismatches)}) and they cannot be "
                 f"changed: {e.description}; remove it with `nats stream rm {name}` if nothing else uses it"
             ) from None
+
+
+async def wait_for_streams(js: JetStreamContext) -> None:
+    """Return once every stream exists: in a cluster with identities the operator alone makes them.
+
+    Raises Unavailable, naming the one that is missing.
+    """
+    loop = asyncio.get_running_loop()
+    give_up_s = loop.time() + OUTAGE_DEADLINE_S
+    for name in (str(config.name) for config in stream_configs(1)):
+        while True:
+            try:
+                await retry_while_nats_down(lambda n=name: js.stream_info(n))  # type: ignore[misc]  # lambda default binds the loop variable
+                break
+            except jse.NotFoundError:
+                if loop.time() >= give_up_s:
+                    raise Unavailable(
+                        f"NATS has no stream {name}: the operator's node makes it; see `shoal doctor` there"
+                    ) from None
+                await asyncio.sleep(_RETRY_INTERVAL_S)
 
 
 class BucketContent(msgspec.Struct, frozen=True):

@@ -46,6 +46,25 @@ def peer_lost(node: str) -> str:
     return f"{ROOT}.lost.{node if node == '*' else check_node(node)}"
 
 
+def join(invitation: str) -> str:
+    """Return the subject on which the holder of an invitation asks to join; `*` for all invitations."""
+    return f"{ROOT}.join.{invitation if invitation == '*' else check_id(invitation)}"
+
+
+def leave(node: str) -> str:
+    """Return the subject on which a node leaves the cluster; `*` for all nodes."""
+    return f"{ROOT}.leave.{node if node == '*' else check_node(node)}"
+
+
+def is_from_consumer(reply: str) -> bool:
+    """Return whether a message with this reply subject was delivered by a consumer of a stream.
+
+    Whoever may create a consumer can have it deliver to any subject, also to one on which it may not publish. So no
+    request, report or token counts that came this way.
+    """
+    return reply.startswith("$JS.")
+
+
 def tokens(request: str) -> str:
     """Return the subject of one answer's tokens. Not stored."""
     return f"{ROOT}.tok.{check_id(request)}"

@@ -31,6 +31,11 @@ USERS = (*SERVICES, CLI)
 """The NATS users of a node."""
 
 
+def inbox_prefix(node: str, user: str) -> str:
+    """Return the prefix of the inboxes of a node's user: nobody else may subscribe below it."""
+    return f"_INBOX.{node}.{user}"
+
+
 class NodeIdentity:
     """The identity of one node. Files are read when they are needed. Blocking."""
 

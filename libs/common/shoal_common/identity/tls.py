@@ -11,11 +11,11 @@ import ssl
 from shoal_common.identity.node_identity import NodeIdentity
 
 
-def client_context(identity: NodeIdentity) -> ssl.SSLContext:
-    """Return the context for connecting to a node or to NATS."""
+def client_context(authority: bytes) -> ssl.SSLContext:
+    """Return the context for connecting to a node or to NATS of the cluster with this authority (PEM)."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.load_verify_locations(cadata=identity.authority.decode())
+    context.load_verify_locations(cadata=authority.decode())
     return context
 
 

@@ -15,6 +15,7 @@ from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 
 from shoal_common import telemetry
+from shoal_common.bus import subjects
 from shoal_common.bus.connection import Nats
 from shoal_common.errors import BadName, ShoalError
 from shoal_common.messages import WireStruct, encode
@@ -68,7 +69,7 @@ class ReplyRouter:
 
         async def arrived(message: Msg) -> None:
             # Nothing is awaited here: the next requester has to be recorded before its command ends.
-            if message.reply and not message.reply.startswith("$JS."):
+            if message.reply and not subjects.is_from_consumer(message.reply):
                 key, explicit_id = self._record(message), explicit_command_id(message)
                 if explicit_id and not to_check.full():
                     to_check.put_nowait((key, explicit_id))

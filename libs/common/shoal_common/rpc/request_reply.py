@@ -103,7 +103,7 @@ async def serve(
 
         async def accept(verb: str, question: RpcEndpoint, request: Request) -> None:
             # nats-py handles one request at a time per endpoint: start a task and return.
-            if not request._msg.reply:
+            if not request._msg.reply or subjects.is_from_consumer(request._msg.reply):
                 return  # a plain `nats pub`: nobody waits for the reply
             await semaphore.acquire()
             tasks.create_task(answer(verb, question, request))

@@ -128,6 +128,8 @@ async def start_generation(
     generation = Generation(spec, inbox, timeouts)
 
     async def arrived(message: Msg) -> None:
+        if subjects.is_from_consumer(message.reply):
+            return
         try:
             event = decode(message.data, TokenEvent)
         except BadMessage as e:

@@ -50,6 +50,8 @@ class FailureDetector:
                     checking.discard(node)
 
             async def on_report(message: Msg) -> None:
+                if subjects.is_from_consumer(message.reply):
+                    return
                 with suppress(BadName):
                     node = check_node(message.subject.rpartition(".")[2])
                     if node in checking or len(checking) < _MAX_CONCURRENT_NODES:
