@@ -1,4 +1,4 @@
-"""Ask a service over NATS, and read the cluster's state (`pip install nats-py`).
+"""Ask a service over NATS, and read the cluster's state.
 
 Usage: nats_request.py NODE
 """
@@ -8,29 +8,31 @@ import json
 import os
 import sys
 
-import nats
+from shoal_common.bus.connection import connected, login_of
+from shoal_common.config import read_config
 
 NEED_BYTES = 1_000_000_000
 
 
 async def main(node: str) -> None:
-    # Of a cluster that other machines may join, the URL has the secret: nats://SECRET@192.168.1.5:4222
-    connection = await nats.connect(os.environ.get("SHOAL_NATS", "nats://127.0.0.1:4222"))
+    # The owner's key on this machine's node is ~/.shoal/identity/cli.nk. Any client of NATS can use it, over TLS.
+    config = read_config("cli", os.environ)
+    assert config.identity is not None, "this machine has no node yet: start one with `shoal up`"
+    async with connected(config.nats, "example", timeout_s=10, login=login_of(config.identity, "cli")) as nats:
+        # What would storage evict, to admit a gigabyte more? A reply is {"result": …} or {"error": …}.
+        body = json.dumps({"need_bytes": NEED_BYTES}).encode()
+        reply = await nats.client.request(f"shoal.v1.svc.storage.{node}.plan", body, timeout=10)
+        answer = json.loads(reply.data)
+        if "error" in answer:
+            print(f"{answer['error']['code']}: {answer['error']['message']}")
+        else:
+            print(f"plan of {node}: {answer['result']}")
 
-    # What would storage evict, to admit a gigabyte more? A reply is {"result": …} or {"error": …}.
-    body = json.dumps({"need_bytes": NEED_BYTES}).encode()
-    reply = json.loads((await connection.request(f"shoal.v1.svc.storage.{node}.plan", body, timeout=10)).data)
-    if "error" in reply:
-        print(f"{reply['error']['code']}: {reply['error']['message']}")
-    else:
-        print(f"plan of {node}: {reply['result']}")
-
-    # What every node's disk holds is in the bucket `state`, published by its storage.
-    state = await connection.jetstream().key_value("state")
-    for key in sorted(key for key in await state.keys() if key.startswith("storage.")):
-        disk = json.loads((await state.get(key)).value or b"{}")
-        print(f"{key}: {disk['used_bytes']} bytes used")
-    await connection.close()
+        # What every node's disk holds is in the bucket `state`, published by its storage.
+        state = await nats.js.key_value("state")
+        for key in sorted(key for key in await state.keys() if key.startswith("storage.")):
+            disk = json.loads((await state.get(key)).value or b"{}")
+            print(f"{key}: {disk['used_bytes']} bytes used")
 
 
 asyncio.run(main(sys.argv[1]))

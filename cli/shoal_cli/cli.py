@@ -31,7 +31,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "Models": ("pull", "pause", "resume", "cancel", "ls", "models", "rm", "hub"),
     "Running models": ("run", "place", "ps", "stop", "rebalance"),
     "Disks and transfers": ("storage", "transfer", "gc", "verify", "repair"),
-    "Cluster": ("status", "events", "node"),
+    "Cluster": ("status", "events", "node", "invite", "join", "leave"),
     "Other": ("demo", "version"),
 }
 """Every verb, as `shoal --help` groups them. Each is the `app` of the module of its name in `commands/`."""
@@ -39,7 +39,8 @@ SECTIONS: dict[str, tuple[str, ...]] = {
 EXAMPLES = """Examples:
   shoal up                                        run a node here; Ctrl-C stops it
   shoal up -d --max-storage 200GB                 in the background, with at most 200 GB of models
-  shoal up --bind 0.0.0.0                         let other machines join; prints the command to type there
+  shoal up --bind 0.0.0.0                         let other machines join: `shoal invite` prints a code for one
+  shoal join 192.168.1.6:4222                     join that machine's cluster, with a code
   shoal pull mlx-community/Qwen3-0.6B-4bit --all  download a model to every node
   shoal run mlx-community/Qwen3-0.6B-4bit         chat with it
   shoal run mlx-community/Qwen3-0.6B-4bit "Why do fish swim in shoals?"
@@ -49,7 +50,7 @@ EXAMPLES = """Examples:
 
 Environment:
   SHOAL_HOME      the node's directory (~/.shoal)     SHOAL_NATS    NATS servers to join, comma-separated
-  SHOAL_GATEWAY   URL of another node's gateway       SHOAL_SECRET  the cluster's secret
+  SHOAL_GATEWAY   URL of another node's gateway
   SHOAL_DEBUG=1   show tracebacks
 
 Exit codes:

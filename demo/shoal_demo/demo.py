@@ -30,6 +30,7 @@ NODES = ("node-1", "node-2", "node-3")
 STAGES = 2
 _UP_TIMEOUT_S = 120.0
 _DOWN_TIMEOUT_S = 60.0
+_JOIN_TIMEOUT_S = 60.0
 _HTTP_TIMEOUT_S = 300.0
 _KIB = 1024
 
@@ -40,13 +41,13 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.default_int_handler)
     try:
-        with running_hub(MODELS_DIR, process=True) as hub, _nodes(hub.base_url) as (gateways, nats):
+        with running_hub(MODELS_DIR, process=True) as hub, _nodes(hub.base_url) as (gateways, home):
             summary = _show(hub.base_url, gateways, lambda: hub.stats().bytes)
             if os.environ.get("DEMO_EXIT") == "1":
                 print(json.dumps(summary))
                 return 0
             print(f"\nStatus page: {gateways[0]}/    OpenAI API: {gateways[0]}/v1    Ctrl-C stops the demo.")
-            print(f"For examples/: export SHOAL_GATEWAY={gateways[0]} SHOAL_NATS={nats}")
+            print(f"For examples/: export SHOAL_GATEWAY={gateways[0]} SHOAL_HOME={home}")
             signal.pause()
     except KeyboardInterrupt:
         print("\nstopped; all nodes have ended and their files are deleted")
@@ -59,15 +60,17 @@ def main() -> int:
     return 0
 
 
-def _shoal(*arguments: str | Path, timeout_s: float) -> None:
+def _shoal(*arguments: str | Path, timeout_s: float, stdin: str = "") -> str:
     command = [sys.executable, "-P", "-m", "shoal_cli", *map(str, arguments)]
     # In its own session, so that Ctrl-C reaches only the demo, which stops its nodes in order.
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=timeout_s, start_new_session=True)
+    return subprocess.run(
+        command, check=True, input=stdin, stdout=subprocess.PIPE, text=True, timeout=timeout_s, start_new_session=True
+    ).stdout
 
 
 @contextmanager
-def _nodes(hub_url: str) -> Iterator[tuple[list[str], str]]:
-    """Run three nodes; yield the URLs of their gateways, and that of their NATS."""
+def _nodes(hub_url: str) -> Iterator[tuple[list[str], Path]]:
+    """Run three nodes; yield the URLs of their gateways, and the home of the first."""
     root = Path(tempfile.mkdtemp(prefix="shoal-demo-"))
     homes = [root / node for node in NODES]
 
@@ -75,24 +78,25 @@ def _nodes(hub_url: str) -> Iterator[tuple[list[str], str]]:
         common = ("--home", home, "--node", home.name, "--port", "0", "--hub", hub_url)
         _shoal("up", "--detach", *common, *more, timeout_s=_UP_TIMEOUT_S)
 
+    def join_and_up(home: Path) -> None:
+        invitation = json.loads(_shoal("invite", "--json", "--home", homes[0], timeout_s=_JOIN_TIMEOUT_S))
+        code, address = invitation["code"], invitation["address"]
+        arguments = ("--code-file", "-", "--home", home, "--node", home.name)
+        _shoal("join", address, *arguments, timeout_s=_JOIN_TIMEOUT_S, stdin=code)
+        up(home)
+
     try:
         print(f"starting {len(NODES)} nodes, each with its own storage and services", flush=True)
         up(homes[0], "--nats-port", "0")
-        nats = _nats_url(homes[0])
         with ThreadPoolExecutor() as starting:
-            list(starting.map(lambda home: up(home, "--nats", nats), homes[1:]))
-        yield [(home / "run" / "gateway.url").read_text().strip() for home in homes], nats
+            list(starting.map(join_and_up, homes[1:]))
+        yield [(home / "run" / "gateway.url").read_text().strip() for home in homes], homes[0]
     finally:
         # Stop the first node last: the others shut down over its NATS.
         for home in reversed(homes):
             if (home / "run" / "supervisor.pid").exists():
                 _shoal("down", "--home", home, timeout_s=_DOWN_TIMEOUT_S)
         shutil.rmtree(root, ignore_errors=True)
-
-
-def _nats_url(home: Path) -> str:
-    ports = next((home / "run").glob("nats-server_*.ports"))
-    return str(json.loads(ports.read_text())["nats"][0])
 
 
 def _show(hub_url: str, gateways: list[str], hub_bytes: Any) -> dict[str, Any]:

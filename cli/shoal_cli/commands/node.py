@@ -1,4 +1,4 @@
-"""`shoal node`: drain a node, or forget it."""
+"""`shoal node`: drain a node, forget it, or revoke its keys."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from shoal_cli.commands.options import GatewayOption, HomeOption, NodeArgument
 from shoal_common.names import check_node
 
 app = new_app()
+
+_REVOKE_DEADLINE_S = 15.0
 
 
 @app.callback(subcommand_metavar="ACTION")
@@ -29,6 +31,18 @@ def forget(ctx: typer.Context, node: NodeArgument, gateway: GatewayOption = "", 
     count = answer.get("key_count", 0)
     records = f"{count} {'record' if count == 1 else 'records'}"
     cli.print(f"forgot {node}: {records} removed" if answer.get("found") else f"no record names {node}")
+    return 0
+
+
+@app.command(cls=CommandHelp)
+def revoke(ctx: typer.Context, node: NodeArgument, home: HomeOption = "") -> int:
+    """Take a node's keys away: nobody in the cluster hears or answers it any more. Needs the cluster's first node."""
+    from shoal_cli.node.control import ControlRequest, ask  # noqa: PLC0415
+
+    cli = CliContext(ctx)
+    node = check_node(node)
+    ask(cli.home, ControlRequest(op="revoke", node=node), _REVOKE_DEADLINE_S)
+    cli.print(f"revoked {node}; `shoal node forget {node}` removes its records at once")
     return 0
 
 

@@ -40,7 +40,7 @@ def up(
             "--nats",
             metavar="URL",
             show_default=False,
-            help="join this NATS server instead of running one; repeatable",
+            help="use this NATS server instead of running one; repeatable",
         ),
     ] = [],  # noqa: B006
     nats_port: Annotated[
@@ -55,7 +55,7 @@ def up(
             "--bind",
             metavar="ADDR",
             show_default=False,
-            help="address to listen on (127.0.0.1); any other address also creates a secret",
+            help="address to listen on (127.0.0.1)",
         ),
     ] = "",
     port: Annotated[
@@ -78,6 +78,9 @@ def up(
     no_placement: Annotated[bool, typer.Option("--no-placement", help="do not run placement")] = False,
     no_inference: Annotated[bool, typer.Option("--no-inference", help="do not run inference")] = False,
     no_gateway: Annotated[bool, typer.Option("--no-gateway", help="do not run the gateway")] = False,
+    only_nats: Annotated[
+        bool, typer.Option("--only-nats", help="run NATS and let machines in; systemd or launchd runs the services")
+    ] = False,
     home: HomeOption = "",
 ) -> int:
     """Run a node on this machine."""
@@ -94,7 +97,7 @@ def up(
         values=given.values,
         added={change.setting.key: list(map(_absolute, change.added)) for change in given.lists},
         hub=hub,
-        without=[service for service in SERVICES if ctx.params[f"no_{service}"]],
+        without=[service for service in SERVICES if only_nats or ctx.params[f"no_{service}"]],
         ready_deadline_s=wait,
     )
     return run_up(options, cli.environ, detach)

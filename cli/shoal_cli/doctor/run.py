@@ -158,7 +158,7 @@ async def _cluster(local: LocalNode, home: Home) -> ClusterProbe:
     try:
         return await _gather(
             _NATS_DEADLINE_S,
-            lambda: nats_probe.probe(local.servers, local.secret, local.node, expected, home.run),
+            lambda: nats_probe.probe(local.servers, local.identity, local.node, expected, home.run),
         )
     except _ProbeFailed as e:
         return ClusterProbe(facts=NatsFacts(expected=True, error=e.reason))
@@ -242,9 +242,7 @@ async def _peers_and_clocks(
         return [_skipped(peers.CHECK, seen), _skipped(clocks.CHECK, seen)]
     try:
         os_info = await system
-        reached, offsets = await _gather(
-            _PEERS_DEADLINE_S, lambda: peers_probe.probe(seen.samples, local.secret, os_info)
-        )
+        reached, offsets = await _gather(_PEERS_DEADLINE_S, lambda: peers_probe.probe(seen.samples, "", os_info))
     except _ProbeFailed as e:
         return [_probe_failed(peers.CHECK, e), _skipped(clocks.CHECK, seen)]
     against_nats = clocks.against_nats(local.node or "here", seen.clock, offsets, started_ahead(seen.samples))

@@ -7,10 +7,13 @@ every node may write what the leader writes; and the key of a stage does not nam
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import msgspec
 
 from shoal_common.bus import subjects
 from shoal_common.bus.subjects import ANY, ROOT
+from shoal_common.identity.node_identity import CLI, inbox_prefix
 from shoal_common.names import check_node
 
 BUCKETS = ("live", "spec", "state", "lease", "done")
@@ -27,8 +30,8 @@ class Permissions(msgspec.Struct, frozen=True):
 class ServiceRights(msgspec.Struct, frozen=True, kw_only=True):
     """A row of the table. `{node}` stands for the service's own node, `*` for any, as in NATS."""
 
-    reads: tuple[str, ...]
-    """Buckets whose keys it reads and follows, besides `live`."""
+    reads: tuple[str, ...] = ()
+    """Buckets whose keys it reads and follows, besides `live`, `spec` and `state`."""
     writes: tuple[str, ...] = ()
     """Keys that it writes, with their bucket, besides its own liveness and, with commands, outcomes."""
     calls: tuple[str, ...] = ()
@@ -47,15 +50,24 @@ class ServiceRights(msgspec.Struct, frozen=True, kw_only=True):
     """JetStream API subjects beyond those of its reads and commands."""
 
 
+_ASKED_BY_PEOPLE = ("storage.*.plan", "placement.*.*", "inference.*.generate", "inference.*.cancel", "*.*.ping")
+_READ_EVENTS = (
+    "CONSUMER.CREATE.EVT",
+    "CONSUMER.CREATE.EVT.>",
+    "CONSUMER.INFO.EVT.*",
+    "CONSUMER.MSG.NEXT.EVT.*",
+    "CONSUMER.DELETE.EVT.*",
+)
+
 RIGHTS: dict[str, ServiceRights] = {
     "storage": ServiceRights(
-        reads=("spec", "state"),
+        reads=("done",),
         writes=("state.storage.{node}", "state.model.{node}.*", "state.shard.{node}.*"),
         calls=("fetcher.{node}.stop_downloads",),
         commands=("{node}",),
     ),
     "fetcher": ServiceRights(
-        reads=("spec", "state", "lease", "done"),
+        reads=("lease", "done"),
         writes=("spec.download.{node}.*", "state.download.{node}.*", "lease.origin.*"),
         calls=("storage.{node}.*", "storage.*.manifest"),
         commands=("{node}",),
@@ -63,14 +75,20 @@ RIGHTS: dict[str, ServiceRights] = {
         subscribes=("have.*.*",),
     ),
     "fileserver": ServiceRights(
-        reads=("state",),
         calls=("storage.*.manifest",),
         has_endpoints=False,
     ),
     "placement": ServiceRights(
-        reads=("spec", "state", "lease", "done"),
-        # `>`: the leader removes what retired nodes leave behind.
-        writes=("spec.>", "state.>", "lease.leader.placement"),
+        reads=("lease", "done"),
+        # The leader removes what retired nodes leave behind.
+        writes=(
+            "spec.leader.placement",
+            "spec.instance.*",
+            "spec.download.*.*",
+            "spec.node.*",
+            "state.>",
+            "lease.leader.placement",
+        ),
         calls=("placement.*.links", "fetcher.*.shape", "*.*.ping"),
         commands=(ANY,),
         publishes=("lost.*",),
@@ -78,46 +96,51 @@ RIGHTS: dict[str, ServiceRights] = {
         api=("STREAM.PURGE.CMD", "CONSUMER.DELETE.CMD.*"),
     ),
     "inference": ServiceRights(
-        reads=("spec", "state", "done"),
+        reads=("done",),
         writes=("state.stage.*.*",),
         calls=("storage.*.record_use", "storage.{node}.lease", "storage.{node}.release_lease"),
         sends=("fetcher.{node}.download",),
         publishes=("tok.*", "lost.*"),
     ),
     "gateway": ServiceRights(
-        reads=("spec", "state", "done"),
-        calls=("storage.*.plan", "placement.*.*", "inference.*.generate", "inference.*.cancel", "*.*.ping"),
+        reads=("done",),
+        calls=_ASKED_BY_PEOPLE,
         sends=("*.*.*",),
         has_endpoints=False,
         publishes=("lost.*",),
         subscribes=("tok.*",),
-        api=("CONSUMER.CREATE.EVT", "CONSUMER.CREATE.EVT.>", "CONSUMER.MSG.NEXT.EVT.*", "CONSUMER.DELETE.EVT.*"),
+        api=_READ_EVENTS,
+    ),
+    # People and scripts on the node's own machine: `nats req`, `nats pub`, `shoal doctor`, `shoal leave`.
+    CLI: ServiceRights(
+        reads=("lease", "done"),
+        calls=("*.{node}.*", *_ASKED_BY_PEOPLE),
+        sends=("*.*.*",),
+        has_endpoints=False,
+        publishes=("leave.{node}",),
+        subscribes=("tok.*",),
+        # Without a name for the consumer: how most libraries follow a bucket.
+        api=("INFO", *_READ_EVENTS, *(f"CONSUMER.CREATE.KV_{bucket}" for bucket in BUCKETS)),
     ),
 }
 
 
-def inbox_prefix(service: str, node: str) -> str:
-    """Return the prefix of the inboxes of a service: nobody else may subscribe below it."""
-    return f"_INBOX.{check_node(node)}.{service}"
-
-
-def permissions(service: str, node: str) -> Permissions:
-    """Return what a service of a node may publish and subscribe to."""
-    rights, inbox = RIGHTS[service], inbox_prefix(service, node)
+def permissions(user: str, node: str) -> Permissions:
+    """Return what a user of a node, a service or its `cli`, may publish and subscribe to."""
+    service, rights, inbox = user, RIGHTS[user], inbox_prefix(node, user)
     names = [name.format(node=check_node(node)) for name in rights.commands]
     sends = [command.format(node=node) for command in rights.sends]
     publish = [
         # Replies: an inbox cannot be guessed, and only its owner hears it.
         "_INBOX.>",
-        f"$KV.live.{node}.{service}",
-        f"{ROOT}.evt.{service}.{node}.*",
+        *((f"$KV.live.{node}.{service}", f"{ROOT}.evt.{service}.{node}.*") if user != CLI else ()),
         *(f"$KV.{key.format(node=node)}" for key in rights.writes),
         *(f"{ROOT}.svc.{call.format(node=node)}" for call in rights.calls),
         *(f"{ROOT}.cmd.{command}" for command in sends),
         *(f"{ROOT}.{subject.format(node=node)}" for subject in rights.publishes),
         # An outcome is named by its command. A sender cancels there what a service that is down never got.
         *(("$KV.done.*",) if names or sends else ()),
-        *_jetstream(rights),
+        *_jetstream(rights.reads, rights.api),
     ]
     for name in names:
         consumer = subjects.consumer_name(service, name)
@@ -136,11 +159,21 @@ def permissions(service: str, node: str) -> Permissions:
     return Permissions(publish=tuple(publish), subscribe=tuple(subscribe))
 
 
-def _jetstream(rights: ServiceRights) -> list[str]:
-    followed = sorted({"live", *rights.reads})
+def invitation_permissions(invitation: str) -> Permissions:
+    """Return what the holder of an invitation may do: ask to join, and hear the answer."""
+    return Permissions(publish=(subjects.join(invitation),), subscribe=(f"{join_inbox(invitation)}.>",))
+
+
+def join_inbox(invitation: str) -> str:
+    """Return the prefix of the inboxes of an invitation's holder."""
+    return f"_INBOX.join.{invitation}"
+
+
+def _jetstream(buckets: Iterable[str], more: Iterable[str]) -> list[str]:
+    # The other two: whether NATS has lost what it stored, and who is a member.
+    followed = sorted({"live", "spec", "state", *buckets})
     return [
-        # All services make the streams at start, whoever comes first. Only the operator changes or deletes one.
-        *(f"$JS.API.STREAM.{verb}.{stream}" for stream in STREAMS for verb in ("INFO", "CREATE")),
+        *(f"$JS.API.STREAM.INFO.{stream}" for stream in STREAMS),
         *(
             pattern
             for bucket in followed
@@ -152,7 +185,7 @@ def _jetstream(rights: ServiceRights) -> list[str]:
                 f"$JS.FC.KV_{bucket}.>",
             )
         ),
-        *(f"$JS.API.{subject}" for subject in rights.api),
+        *(f"$JS.API.{subject}" for subject in more),
     ]
 
 

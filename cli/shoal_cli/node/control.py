@@ -3,6 +3,8 @@
     {"op": "status"}                          {"result": {"node": …, "children": […], …}}
     {"op": "restart", "service": "storage"}   {"result": {"name": "storage", "pid": 4711, …}}
     {"op": "stop"}                            {"result": {"pid": 4700}}, then everything stops
+    {"op": "invite", "lifetime_s": 3600}      {"result": {"code": …, "address": …, "until_s": …}}
+    {"op": "revoke", "node": "b"}             {"result": {}}
     anything else                             {"error": {"code": …, "message": …}}
 
 The socket is <home>/run/control.sock. A socket's path is limited to about 100 bytes: when that one is longer, the
@@ -39,6 +41,8 @@ class ControlRequest(WireStruct):
 
     op: str
     service: str = ""
+    node: str = ""
+    lifetime_s: float = 0.0
 
 
 class ControlReply(WireStruct):
@@ -59,6 +63,18 @@ class SupervisorStatus(WireStruct):
     gateway: str
     logs: str
     children: list[ChildStatus]
+
+
+class InviteReply(WireStruct):
+    """An invitation, for a person to carry to the other machine. A secret."""
+
+    code: str
+    address: str
+    """Of NATS, `host:port`, as other machines reach it."""
+    is_local: bool = False
+    """Whether only this machine reaches it."""
+    until_s: float = 0.0
+    """When it expires, seconds since 1970."""
 
 
 Handler = Callable[[ControlRequest], Awaitable[object]]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ LOOPBACK = "127.0.0.1"
 ALL_INTERFACES = "0.0.0.0"
 READY_DEADLINE_S = 60.0
 
-_SECRET = re.compile(r"[A-Za-z0-9_.~-]{16,128}")
 # Set for each child; the supervisor's own notify socket and watchdog are not its children's.
 _NOT_INHERITED = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "SHOAL_NATS", "SHOAL_SECRET", "SHOAL_BIND")
 
@@ -54,11 +52,8 @@ class NodePlan(msgspec.Struct, frozen=True, kw_only=True):
     node: str
     home: str
     bind: str
-    secret: str
-    """The cluster's secret; "" when one has to be created (`needs_secret`) or none is needed."""
-    needs_secret: bool
     joins: list[str]
-    """NATS servers of other nodes; empty: this node runs its own."""
+    """NATS servers of other nodes; empty: this node runs its own, and is the cluster's operator."""
     nats_port: int
     gateway_port: int
     services: list[str]
@@ -88,38 +83,35 @@ class ChildSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def make_plan(
-    options: UpOptions, environ: Mapping[str, str], settings: Mapping[str, Any], node: str, saved_secret: str
+    options: UpOptions, environ: Mapping[str, str], settings: Mapping[str, Any], node: str, is_member: bool
 ) -> NodePlan:
-    """Return the plan for these options, this environment and this node.toml. Raises BadInput, Refused."""
-    joins = _nats_servers(options, environ, settings)
-    explicit = environ.get("SHOAL_SECRET", "") or next((t for t in map(url_token, joins) if t), "")
-    joins_remote = any(not host_is_loopback(url_host(u)) for u in joins)
-    # A node that joins another machine must be reachable by its peers; the secret guards it.
-    has_secret = bool(explicit or (saved_secret and joins_remote))
-    bind = (
-        options.bind or environ.get("SHOAL_BIND", "") or (ALL_INTERFACES if joins_remote and has_secret else LOOPBACK)
-    )
-    is_exposed = not is_loopback(bind)
-    secret = explicit or (saved_secret if is_exposed or joins_remote else "")
-    if is_exposed and joins and not secret:
-        raise BadInput(
-            f"--bind {bind} needs the cluster's secret (I12): give it in the URL that `shoal up` prints on the first "
-            "node (nats://SECRET@host:4222), or in SHOAL_SECRET"
+    """Return the plan for these options, this environment and this node.toml. Raises BadInput, Refused.
+
+    `is_member`: the node has an identity, of a cluster that it has joined or started.
+    """
+    if environ.get("SHOAL_SECRET"):
+        raise Refused(
+            "SHOAL_SECRET does nothing any more, each node has keys of its own: remove it, and join with the code "
+            "that `shoal invite` prints on the first node"
         )
-    if secret and not _SECRET.fullmatch(secret):
-        where = "" if explicit else f" in {options.home}/secret"
+    joins = _nats_servers(options, environ, settings)
+    joins_remote = any(not host_is_loopback(url_host(u)) for u in joins)
+    # A node that joined other machines must be reachable by its peers; its keys guard it.
+    default = ALL_INTERFACES if joins_remote and is_member else LOOPBACK
+    bind = options.bind or environ.get("SHOAL_BIND", "") or default
+    is_exposed = not is_loopback(bind)
+    if joins and not is_member and is_exposed:
         raise BadInput(
-            f"the secret{where} must be 16 to 128 characters of A-Z a-z 0-9 _ . ~ -, because it is part of URLs"
+            f"--bind {bind} needs a cluster that knows this node (I12): run `shoal invite` on its first node and "
+            "`shoal join ADDRESS` here"
         )
     services = [s for s in SERVICES if s not in options.without]
-    if not services:
-        raise BadInput("nothing is left to run: remove at least one of the --no-<service> options")
+    if not services and joins:
+        raise BadInput("nothing is left to run: this node's cluster has its NATS elsewhere")
     return NodePlan(
         node=node,
         home=options.home,
         bind=bind,
-        secret=secret,
-        needs_secret=is_exposed and not secret,
         joins=joins,
         nats_port=options.nats_port,
         gateway_port=options.port,
@@ -148,7 +140,7 @@ def _changes(options: UpOptions, environ: Mapping[str, str], settings: Mapping[s
 
 
 def _nats_servers(options: UpOptions, environ: Mapping[str, str], settings: Mapping[str, Any]) -> list[str]:
-    in_file = settings.get("nats", [])
+    in_file = settings.get("cluster", {}).get("nats") or settings.get("nats", [])
     if not isinstance(in_file, list) or not all(isinstance(u, str) for u in in_file):
         raise BadInput('`nats` in node.toml must be a list of URLs: nats = ["nats://host:4222"]')
     given = options.nats or [s.strip() for s in environ.get("SHOAL_NATS", "").split(",") if s.strip()] or in_file
@@ -187,8 +179,6 @@ def service_spec(
         # A log line is written at once, not when a buffer is full.
         "PYTHONUNBUFFERED": "1",
     }
-    if plan.secret:
-        env["SHOAL_SECRET"] = plan.secret
     if plan.hub:
         env["HF_ENDPOINT"] = plan.hub
     argv = plan.commands.get(service) or [python, "-P", "-m", f"shoal_{service}"]
@@ -222,14 +212,8 @@ def check_nats_url(url: str) -> str:
     except ValueError:
         port, parts = None, urlsplit("")
     if parts.scheme not in ("nats", "tls", "ws", "wss") or not parts.hostname:
-        raise BadInput(f"{without_token(url)!r} is not a NATS URL: write nats://host:4222 or nats://SECRET@host:4222")
+        raise BadInput(f"{without_token(url)!r} is not a NATS URL: write nats://host:4222 or tls://host:4222")
     return full if port is not None else f"{full.rstrip('/')}:{NATS_PORT}"
-
-
-def url_token(url: str) -> str:
-    """Return the token in `nats://TOKEN@host`; "" without one, or with a user and password."""
-    parts = urlsplit(url)
-    return parts.username or "" if parts.password is None else ""
 
 
 def url_host(url: str) -> str:

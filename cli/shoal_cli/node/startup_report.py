@@ -40,8 +40,8 @@ class StartupReport(WireStruct):
     logs: str
     ready: list[str]
     not_ready: list[NotReadyChild] = []
-    join: str = ""
-    """The command for other machines; it contains the secret."""
+    can_invite: bool = False
+    """Whether this node lets other machines in."""
     bind: str = ""
 
 
@@ -85,11 +85,10 @@ def print_report(report: StartupReport, out: Console, err: Console, detached: bo
     rows = [("gateway", report.gateway or "not on this node"), ("NATS", ", ".join(report.nats))]
     rows += [("services", " ".join(report.ready)), ("logs", report.logs)]
     if report.bind:
-        rows.append(("bound to", f"{report.bind} (other nodes need the secret in {report.home}/secret)"))
+        rows.append(("bound to", report.bind))
     out.print(Text.assemble(("  node ", ""), (report.node, "bold cyan"), (f" is up, pid {report.pid}", "")))
     for name, value in rows:
         out.print(Text.assemble((f"  {name:9} ", "dim"), value), soft_wrap=True)
-    if report.join:
-        out.print(Text("  on other machines, join with", style="dim"))
-        out.print(Text(f"    {report.join}"), soft_wrap=True)
+    if report.can_invite:
+        out.print(Text("  to add a machine: `shoal invite` here, `shoal join` there", style="dim"))
     out.print(Text("  stop it with `shoal down`" if detached else "  Ctrl-C stops it", style="dim"))

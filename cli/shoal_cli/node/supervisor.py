@@ -9,7 +9,11 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 
+from shoal_cli.membership.machine_hosts import machine_hosts
+from shoal_cli.membership.operator import INVITATION_LIFETIME_S, Operator
+from shoal_cli.membership.operator_files import OperatorFiles
 from shoal_cli.node import control
 from shoal_cli.node.children import nats_process, orphans
 from shoal_cli.node.children.child_process import ChildProcess
@@ -24,23 +28,25 @@ from shoal_cli.node.node_plan import (
     local_address,
     nats_spec,
     service_spec,
-    url_token,
     without_token,
 )
 from shoal_cli.node.ports import check_gateway_port, free_port
 from shoal_cli.node.startup_report import StartupReport, not_ready
 from shoal_cli.node_home import Home
+from shoal_common.bus.connection import connected, login_of
+from shoal_common.concurrency.cancellation import cancel_and_wait
 from shoal_common.concurrency.notifier import Notifier
 from shoal_common.config import is_loopback
-from shoal_common.errors import BadMessage, Expired, NotFound, Unavailable
+from shoal_common.errors import BadMessage, Expired, NotFound, Refused, Unavailable
 from shoal_common.host.addresses import join_host
-from shoal_common.host.credentials import bearer
 from shoal_common.host.interfaces import read_interfaces
+from shoal_common.identity.node_identity import CLI, NodeIdentity
 from shoal_common.logs import StructuredLogger
 
 log = StructuredLogger("supervisor")
 
 _NATS_DEADLINE_S = 30.0
+_HANDSHAKE_S = 5.0
 _RESTART_DEADLINE_S = 60.0
 
 
@@ -54,6 +60,10 @@ class Supervisor:
         self._nats_urls = list(plan.joins)
         self._gateway = ""
         self._nats_log = nats_format.NatsLog(plan.node)
+        self._identity = NodeIdentity(home.root, plan.node)
+        self._operator_files = OperatorFiles(home.root)
+        self._operator: Operator | None = None
+        self._operating: asyncio.Task[None] | None = None
         self._started_at_s = time.time()
         self._stopping = asyncio.Event()
         self._changed = Notifier()
@@ -85,6 +95,8 @@ class Supervisor:
                 check_gateway_port(self._plan.bind, self._plan.gateway_port)
             if self._plan.runs_nats:
                 await self._start_nats(tasks)
+            elif self._identity.is_member:
+                await self._check_membership()
             if not self._stopping.is_set():
                 self._start_services(tasks, sockets)
                 reporting = tasks.create_task(self._report_started(on_started))
@@ -93,6 +105,8 @@ class Supervisor:
         finally:
             # The services publish their end over NATS: it stops after them.
             await asyncio.gather(*(c.stop() for name, c in self._children.items() if name != "nats"))
+            if self._operating is not None:
+                await cancel_and_wait(self._operating)
             if "nats" in self._children:
                 await self._children["nats"].stop()
             self._home.children.unlink(missing_ok=True)
@@ -117,7 +131,9 @@ class Supervisor:
         program = nats_process.find_program()
         await nats_process.check_port_is_free(plan.bind, plan.nats_port)
         nats_process.remove_stale_port_files(home)
-        nats_process.write_config(home, plan, plan.nats_port or free_port(plan.bind))
+        hosts = await asyncio.to_thread(machine_hosts, self._environ)
+        await asyncio.to_thread(self._operator_files.create, self._identity, hosts)
+        self._write_nats_config(plan.nats_port or free_port(plan.bind))
         nats_ready = NatsInfoReadiness(home)
         self._keep(tasks, nats_spec(program, home.nats_config, self._environ), nats_ready)
         await self._wait_for(lambda: readiness(self._statuses()) != "waiting", _NATS_DEADLINE_S)
@@ -129,9 +145,30 @@ class Supervisor:
             raise Unavailable(f"NATS does not start ({child.reason}): {last}; see {child.log}")
         port = nats_process.port_of(nats_ready.ports)
         # A chosen port is kept: a restarted server must listen where the services connect.
-        nats_process.write_config(home, plan, port)
-        credential = f"{plan.secret}@" if plan.secret else ""
-        self._nats_urls = [f"nats://{credential}{bracketed(local_address(plan.bind))}:{port}"]
+        self._write_nats_config(port)
+        self._nats_urls = [f"tls://{bracketed(local_address(plan.bind))}:{port}"]
+        operator = self._operator = Operator(self._operator_files, plan.node, partial(self._reload_users, port))
+        self._operating = tasks.create_task(
+            operator.run(self._nats_urls[0], [f"tls://{self._joining_address(port)}"], self._changed.notify)
+        )
+        if not await self._wait_for(lambda: operator.is_ready, _NATS_DEADLINE_S) and not self._stopping.is_set():
+            raise Unavailable(f"NATS runs, but its streams cannot be made: see {home.log('supervisor')}")
+
+    async def _check_membership(self) -> None:
+        """Raise Denied if the cluster does not know this node any more: one line, not six services in a loop."""
+        try:
+            login = login_of(self._identity, CLI)
+            async with connected(self._plan.joins, f"supervisor.{self._plan.node}", _HANDSHAKE_S, login):
+                return
+        except Unavailable as e:
+            log.warning("NATS does not answer yet; the services wait for it", reason=e.message)
+
+    def _write_nats_config(self, port: int) -> None:
+        nats_process.write_config(self._home, self._plan, port, self._operator_files)
+
+    def _reload_users(self, port: int) -> None:
+        self._write_nats_config(port)
+        self._children["nats"].send_signal(signal.SIGHUP)
 
     def _start_services(self, tasks: asyncio.TaskGroup, sockets: control.ControlSockets) -> None:
         plan = self._plan
@@ -147,7 +184,7 @@ class Supervisor:
             self._keep(tasks, spec, self._gateway_health() if service == "gateway" else notify_socket)
 
     def _gateway_health(self) -> HttpHealthReadiness:
-        return HttpHealthReadiness(self._gateway, bearer(self._plan.secret, "api"))
+        return HttpHealthReadiness(self._gateway, {})
 
     def _keep(self, tasks: asyncio.TaskGroup, spec: ChildSpec, ready: Readiness) -> None:
         # nats-server cannot be told a log format: its lines are translated on their way into the file.
@@ -176,20 +213,17 @@ class Supervisor:
             logs=str(self._home.logs),
             ready=[s.name for s in statuses if s.phase == "ready" and s.name != "nats"],
             not_ready=not_ready(self._home, statuses),
-            join=self._join_command(),
+            can_invite=self._operator is not None and not is_loopback(plan.bind),
             bind="" if is_loopback(plan.bind) else plan.bind,
         )
 
-    def _join_command(self) -> str:
+    def _joining_address(self, port: int) -> str:
+        """Return the address of NATS, `host:port`, as other machines reach it if any does."""
         plan = self._plan
-        if not plan.runs_nats or is_loopback(plan.bind):
-            return ""
-        url = self._nats_urls[0]
-        port = url.rpartition(":")[2]
         advertised = self._environ.get("SHOAL_ADVERTISE", "").split(",")[0].strip()
         binds_all = local_address(plan.bind) != plan.bind
         host = advertised or (join_host(read_interfaces(), plan.bind) if binds_all else plan.bind)
-        return f"shoal up --nats nats://{url_token(url)}@{bracketed(host)}:{port}"
+        return f"{bracketed(host)}:{port}"
 
     # Status
 
@@ -229,11 +263,35 @@ class Supervisor:
                 )
             case "restart":
                 return await self._restart(request.service)
+            case "invite":
+                return await self._invite(request.lifetime_s or INVITATION_LIFETIME_S)
+            case "revoke":
+                await self._require_operator().revoke(request.node)
+                return {}
             case "stop":
                 # Answered first: the reply says which process stops; the lock shows when it has.
                 asyncio.get_running_loop().call_soon(self._stop)
                 return {"pid": os.getpid()}
-        raise BadMessage(f"unknown request {request.op[:80]!r}: the supervisor knows status, restart and stop")
+        raise BadMessage(
+            f"unknown request {request.op[:80]!r}: the supervisor knows status, restart, invite, revoke and stop"
+        )
+
+    async def _invite(self, lifetime_s: float) -> control.InviteReply:
+        code = await self._require_operator().invite(lifetime_s)
+        return control.InviteReply(
+            code=code.text,
+            address=self._joining_address(int(self._nats_urls[0].rpartition(":")[2])),
+            is_local=is_loopback(self._plan.bind),
+            until_s=round(time.time() + lifetime_s, 1),
+        )
+
+    def _require_operator(self) -> Operator:
+        if self._operator is None:
+            raise Refused(
+                f"node {self._plan.node} has joined a cluster: invite and revoke on the node that started it, "
+                f"{', '.join(map(without_token, self._plan.joins))}"
+            )
+        return self._operator
 
     async def _restart(self, name: str) -> ChildStatus:
         child = self._children.get(name)

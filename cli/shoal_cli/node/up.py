@@ -16,6 +16,7 @@ from typing import TextIO, cast
 import msgspec
 from rich.console import Console
 
+from shoal_cli.membership.operator_files import OperatorFiles
 from shoal_cli.node.children.orphans import kill_orphans, refuse_copy
 from shoal_cli.node.control import MAX_LINE_BYTES, ControlReply
 from shoal_cli.node.logs.log_rotation import LogStream, RotatingLog, tail
@@ -25,10 +26,11 @@ from shoal_cli.node.supervisor import Supervisor
 from shoal_cli.node_home import Home, RunLock
 from shoal_common import logs
 from shoal_common.config import ensure_node_id, read_settings_file
-from shoal_common.errors import BadInput, InternalError, from_body
+from shoal_common.errors import BadInput, InternalError, Refused, from_body
 from shoal_common.host.file_kinds import wrong_kinds_named
 from shoal_common.host.own_process import file_limit_problem, python_environment, set_up_process
 from shoal_common.host.private_files import open_private
+from shoal_common.identity.node_identity import NodeIdentity
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages import decode
 from shoal_common.redaction import remember_secrets
@@ -116,12 +118,18 @@ def _plan(options: UpOptions, environ: Mapping[str, str], home: Home) -> NodePla
             f"the node in {home.root} is named {node} and keeps that name (I8): omit --node, or choose another "
             "--home for a new node"
         )
-    saved = home.read_secret()
-    plan = make_plan(options, environ, settings, node, saved)
-    if plan.needs_secret:
-        return msgspec.structs.replace(plan, secret=home.ensure_secret())
-    if plan.secret and plan.secret != saved:
-        home.write_secret(plan.secret)
+    is_member, is_operator = NodeIdentity(home.root, node).is_member, OperatorFiles(home.root).exists
+    plan = make_plan(options, environ, settings, node, is_member)
+    if is_member and plan.joins and is_operator:
+        raise Refused(
+            f"node {node} started a cluster and is its operator: it cannot use the NATS of another one; choose "
+            "another --home for a second node"
+        )
+    if is_member and plan.runs_nats and not is_operator:
+        raise Refused(
+            f"node {node} has joined a cluster, but no NATS server is named in node.toml: put `nats` back into its "
+            "section [cluster], or leave the cluster with `shoal leave`"
+        )
     return plan
 
 

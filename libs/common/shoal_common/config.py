@@ -4,7 +4,7 @@
 `shoal up`, systemd or launchd) hold the rest:
 
     SHOAL_HOME       the node's directory                        ~/.shoal
-    SHOAL_NATS       NATS servers, comma-separated               nats://127.0.0.1:4222
+    SHOAL_NATS       NATS servers, comma-separated               those of the cluster it joined, or 127.0.0.1:4222
     SHOAL_BIND       address that data ports listen on           127.0.0.1
     SHOAL_ADVERTISE  addresses for peers, comma-separated        the bound one, or every interface's (interfaces.py)
     SHOAL_SECRET     shared by the cluster's nodes; needed beyond loopback
@@ -40,7 +40,6 @@ from shoal_common.settings.node import StorageSettings
 from shoal_common.settings.values import read_valid_settings
 
 _RESERVED_IDS = {ANY: "stands for all nodes", "hub": "is the hub's name in downloads"}
-DEFAULT_NATS = "nats://127.0.0.1:4222"
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True):
@@ -198,10 +197,17 @@ def _usable_id(node: str) -> str:
     return node
 
 
+def _nats_servers(environ: Mapping[str, str], settings: Mapping[str, Any], is_member: bool) -> list[str]:
+    given = [s.strip() for s in environ.get("SHOAL_NATS", "").split(",") if s.strip()]
+    joined = settings.get("cluster", {}).get("nats", [])
+    return given or [str(s) for s in joined] or ["tls://127.0.0.1:4222" if is_member else "nats://127.0.0.1:4222"]
+
+
 def read_config(service: str, environ: Mapping[str, str]) -> Config:
     """Return one service's configuration. Raises BadInput if something is missing or wrong."""
     home = home_directory(environ)
     bind = environ.get("SHOAL_BIND") or "127.0.0.1"
+    settings = read_settings_file(home)
     node, secret = ensure_node_id(home), environ.get("SHOAL_SECRET", "")
     identity = load_identity(home, node)
     if not is_loopback(bind) and not secret and identity is None:
@@ -218,12 +224,12 @@ def read_config(service: str, environ: Mapping[str, str]) -> Config:
         service=service,
         node=node,
         home=home,
-        nats=[s.strip() for s in (environ.get("SHOAL_NATS") or DEFAULT_NATS).split(",") if s.strip()],
+        nats=_nats_servers(environ, settings, identity is not None),
         bind=bind,
         advertise=[a.strip() for a in environ.get("SHOAL_ADVERTISE", "").split(",") if a.strip()],
         secret=secret,
         log_level=log_level,
         replicas=int(replicas),
-        settings=read_settings_file(home),
+        settings=settings,
         identity=identity,
     )

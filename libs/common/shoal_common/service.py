@@ -29,10 +29,10 @@ from shoal_common.bus.keys import member_key
 from shoal_common.bus.kv_bucket import Buckets
 from shoal_common.bus.kv_mirror import KvMirror, follow_forever
 from shoal_common.bus.streams import (
-    BucketContent,
+    BucketMark,
     ensure_streams,
     lost_buckets,
-    read_bucket_contents,
+    read_bucket_marks,
     wait_for_streams,
 )
 from shoal_common.concurrency import cancellation
@@ -178,7 +178,7 @@ def _stream_check(nats: Nats, config: Config) -> Callable[[], Awaitable[None]]:
 async def _watch_store(nats: Nats, have_streams: Callable[[], Awaitable[None]], liveness: Liveness) -> None:
     # A NATS that lost its store comes back without streams; a stream may also be purged or removed while it is up.
     # Every service creates what is missing (the first one wins) and publishes its state again.
-    seen, contents = nats.reconnects.count, await read_bucket_contents(nats.js)
+    seen, marks = nats.reconnects.count, await read_bucket_marks(nats.js)
     synchronized_s = time.monotonic()
     for checks in itertools.count(1):
         with suppress(TimeoutError):
@@ -190,9 +190,10 @@ async def _watch_store(nats: Nats, have_streams: Callable[[], Awaitable[None]], 
             if has_reconnected:
                 await have_streams()
                 liveness.renew_now()
-            lost = await _find_lost_buckets(nats, have_streams, contents)
+            lost = await _find_lost_buckets(nats, have_streams, marks)
             if lost:
                 log.warning("NATS lost what it stored; publishing this service's state again", buckets=",".join(lost))
+                await have_streams()
                 if not has_reconnected:
                     nats.reconnects.notify()  # mirrors and publishers start afresh, as after an outage
                     seen = nats.reconnects.count
@@ -204,16 +205,16 @@ async def _watch_store(nats: Nats, have_streams: Callable[[], Awaitable[None]], 
 
 
 async def _find_lost_buckets(
-    nats: Nats, have_streams: Callable[[], Awaitable[None]], contents: dict[str, BucketContent]
+    nats: Nats, have_streams: Callable[[], Awaitable[None]], marks: dict[str, BucketMark]
 ) -> list[str]:
-    """Return the buckets that lost what `contents` says they held, and update it."""
+    """Return the buckets that lost what `marks` says they held, and update it."""
     try:
-        found = await read_bucket_contents(nats.js)
+        found = await read_bucket_marks(nats.js)
     except NotFoundError:
         await have_streams()
-        found = await read_bucket_contents(nats.js)
-    lost = lost_buckets(contents, found)
-    contents.update(found)
+        found = await read_bucket_marks(nats.js)
+    lost = lost_buckets(marks, found)
+    marks.update(found)
     return lost
 
 

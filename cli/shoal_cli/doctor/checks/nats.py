@@ -94,8 +94,8 @@ def _not_connected(facts: NatsFacts, system: OsInfo) -> list[Finding]:
                 NATS,
                 "problem",
                 f"NATS at {urls} refuses our credentials ({facts.denied})",
-                "this is not the cluster's secret: join again with the line that `shoal up` printed on the node that "
-                "runs NATS, or set SHOAL_NATS to a URL with the right user or token",
+                "this node was revoked, or its keys are of another cluster: run `shoal leave`, then `shoal join` "
+                "with a code that `shoal invite` prints on the cluster's first node",
             )
         ]
     if not facts.expected:

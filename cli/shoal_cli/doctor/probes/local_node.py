@@ -14,10 +14,11 @@ import msgspec
 from shoal_cli.doctor.checks.services import SupervisorState
 from shoal_cli.node.control import ControlRequest, SupervisorStatus, ask
 from shoal_cli.node.logs.log_rotation import tail
-from shoal_cli.node.node_plan import without_token
+from shoal_cli.node.node_plan import NATS_PORT, without_token
 from shoal_cli.node_home import Home, read_or_empty
-from shoal_common.config import DEFAULT_NATS, read_settings_file, store_directory
+from shoal_common.config import read_settings_file, store_directory
 from shoal_common.errors import ShoalError
+from shoal_common.identity.node_identity import NodeIdentity, load_identity
 from shoal_common.messages import decode
 
 _ASK_DEADLINE_S = 3.0
@@ -34,7 +35,8 @@ class LocalNode(msgspec.Struct, frozen=True, kw_only=True):
     settings_error: str = ""
     environ: dict[str, str] = {}
     """Ours; where systemd runs the node, over what its environment file sets."""
-    secret: str = ""
+    identity: NodeIdentity | None = None
+    """Its keys; None outside a cluster, or where they may not be read."""
     supervisor: SupervisorState = "none"
     pid: int = 0
     status: SupervisorStatus | None = None
@@ -56,15 +58,15 @@ def probe(home: Home, environ: Mapping[str, str]) -> LocalNode:
     merged = dict(environ)
     if status is None:
         merged = _environment_file(home.root / "environment") | merged
-    secret = merged.get("SHOAL_SECRET") or _read_if_allowed(home.secret)
-    servers, runs_nats = servers_of(status, merged, settings)
+    identity = _identity(home, str(settings.get("id", "")))
+    servers, runs_nats = servers_of(status, merged, settings, identity is not None)
     return LocalNode(
         home=home.root,
         node=str(settings.get("id", "")),
         settings=settings,
         settings_error=error,
         environ=merged,
-        secret=secret,
+        identity=identity,
         supervisor=supervisor,
         pid=pid,
         status=status,
@@ -75,18 +77,18 @@ def probe(home: Home, environ: Mapping[str, str]) -> LocalNode:
 
 
 def servers_of(
-    status: SupervisorStatus | None, environ: Mapping[str, str], settings: Mapping[str, Any]
+    status: SupervisorStatus | None, environ: Mapping[str, str], settings: Mapping[str, Any], is_member: bool
 ) -> tuple[list[str], bool]:
     """Return the NATS servers of this node, and whether one of them is its own. Pure.
 
     The supervisor reports them without credentials: those in a configured URL are put back.
     """
-    in_file = settings.get("nats", [])
+    in_file = settings.get("cluster", {}).get("nats") or settings.get("nats", [])
     configured = [u for u in in_file if isinstance(u, str)] if isinstance(in_file, list) else []
     explicit = [u.strip() for u in environ.get("SHOAL_NATS", "").split(",") if u.strip()] or configured
     full = [u if "://" in u else f"nats://{u}" for u in explicit]
     if status is None:
-        return (full, False) if full else ([DEFAULT_NATS], True)
+        return (full, False) if full else ([f"{'tls' if is_member else 'nats'}://127.0.0.1:{NATS_PORT}"], True)
     with_credentials = {_netloc(u): u for u in full}
     runs_nats = any(c.name == "nats" for c in status.children)
     return [with_credentials.get(_netloc(u), u) for u in status.nats], runs_nats
@@ -96,10 +98,11 @@ def _netloc(url: str) -> str:
     return urlsplit(without_token(url)).netloc
 
 
-def with_secret(url: str, secret: str) -> str:
-    """Return a URL with the secret in it, unless it has credentials of its own."""
-    parts = urlsplit(url)
-    return parts._replace(netloc=f"{secret}@{parts.netloc}").geturl() if secret and "@" not in parts.netloc else url
+def _identity(home: Home, node: str) -> NodeIdentity | None:
+    try:
+        return load_identity(home.root, node) if node else None
+    except OSError:
+        return None
 
 
 def _settings(home: Home) -> tuple[dict[str, Any], str]:

@@ -13,7 +13,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import msgspec
-import nats
 from nats.aio.client import Client
 from nats.errors import Error as NatsError
 from nats.errors import NoRespondersError
@@ -21,16 +20,19 @@ from nats.js import api
 
 from shoal_cli.doctor.checks.clocks import ClockOffset
 from shoal_cli.doctor.checks.nats import JetStreamSettings, NatsFacts, NatsServerInfo, StreamStatus
-from shoal_cli.doctor.probes.local_node import with_secret
 from shoal_cli.doctor.probes.tcp_connect import classify_connect_error, connect
 from shoal_cli.doctor.probes.timeouts import run_with_timeout
 from shoal_cli.node.children.nats_process import NatsPorts
 from shoal_cli.node.node_plan import NATS_PORT, without_token
 from shoal_common.bus.cluster_clock import parse_nats_time
+from shoal_common.bus.connection import login_of, login_options
 from shoal_common.bus.keys import storage_key
 from shoal_common.bus.kv_bucket import Buckets
+from shoal_common.bus.nats_client import NatsClient
 from shoal_common.bus.streams import stream_configs
 from shoal_common.errors import BadInput, BadMessage, ShoalError
+from shoal_common.identity.node_identity import CLI, NodeIdentity
+from shoal_common.identity.tls import unverified_context
 from shoal_common.messages import decode
 from shoal_common.messages.liveness import LivenessRecord
 from shoal_common.messages.storage import StorageState
@@ -65,7 +67,9 @@ class ClusterProbe(msgspec.Struct, frozen=True, kw_only=True):
     storage: StorageState | None = None
 
 
-async def probe(urls: list[str], secret: str, node: str, expected: bool, run_directory: Path) -> ClusterProbe:
+async def probe(
+    urls: list[str], identity: NodeIdentity | None, node: str, expected: bool, run_directory: Path
+) -> ClusterProbe:
     """Connect to every server, log in to the first that answers, and ask. Each step has a deadline of its own."""
     answers = await asyncio.gather(*(_read_info(url) for url in urls))
     servers = [server for server, _ in answers]
@@ -73,9 +77,7 @@ async def probe(urls: list[str], secret: str, node: str, expected: bool, run_dir
     good = [(url, info) for url, (server, info) in zip(urls, answers, strict=True) if not server.connect_error]
     if not good:
         return ClusterProbe(facts=facts)
-    url, info = good[0]
-    # A server that asks for no credential is sent none.
-    login_url = with_secret(url, secret) if info.get("auth_required", True) else url
+    url, _ = good[0]
     errors: list[str] = []
 
     async def on_error(error: Exception) -> None:
@@ -84,13 +86,18 @@ async def probe(urls: list[str], secret: str, node: str, expected: bool, run_dir
 
     try:
         async with asyncio.timeout(_ANSWER_TIMEOUT_S):
-            client = await nats.connect(
-                servers=[login_url],
+            login = login_of(identity, CLI) if identity else None
+            client = NatsClient(login.key if login else None)
+            await client.connect(
+                servers=[url],
                 name="shoal doctor",
                 allow_reconnect=False,
-                connect_timeout=_ANSWER_TIMEOUT_S,
+                connect_timeout=round(_ANSWER_TIMEOUT_S),
                 error_cb=on_error,
+                **login_options(login),
             )
+    except BadInput as e:
+        return ClusterProbe(facts=msgspec.structs.replace(facts, denied=e.message))
     except (NatsError, OSError, TimeoutError) as e:
         text = "; ".join(dict.fromkeys([*errors, str(e) or type(e).__name__]))
         refused = "authorization" in text.lower() or "authentication" in text.lower()
@@ -110,7 +117,8 @@ async def _read_info(url: str) -> tuple[NatsServerInfo, dict[str, Any]]:
     if parts.scheme not in ("nats", "tls"):
         return NatsServerInfo(url=shown, jetstream=True), {}  # a web socket: only a client's handshake opens it
     try:
-        _, reader, writer = await connect(parts.hostname or "", parts.port or NATS_PORT, _INFO_TIMEOUT_S)
+        tls = unverified_context() if parts.scheme == "tls" else None
+        _, reader, writer = await connect(parts.hostname or "", parts.port or NATS_PORT, _INFO_TIMEOUT_S, tls)
     except (OSError, TimeoutError, ValueError) as e:
         error, reason = classify_connect_error(e)
         return NatsServerInfo(url=shown, connect_error=error, reason=reason), {}

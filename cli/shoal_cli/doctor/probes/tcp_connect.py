@@ -6,6 +6,7 @@ import asyncio
 import errno
 import platform
 import socket
+import ssl
 import sys
 
 from shoal_cli.doctor.checks.reachability import ConnectError, OsInfo
@@ -39,9 +40,11 @@ def classify_connect_error(error: BaseException) -> tuple[ConnectError, str]:
     return "broken", reason
 
 
-async def connect(host: str, port: int, deadline_s: float) -> tuple[str, asyncio.StreamReader, asyncio.StreamWriter]:
+async def connect(
+    host: str, port: int, deadline_s: float, tls: ssl.SSLContext | None = None
+) -> tuple[str, asyncio.StreamReader, asyncio.StreamWriter]:
     """Connect. Returns the address that was used too. Raises OSError, TimeoutError."""
     async with asyncio.timeout(deadline_s):
         address = await resolve_host(host, deadline_s)
-        reader, writer = await asyncio.open_connection(address, port)
+        reader, writer = await asyncio.open_connection(address, port, ssl=tls)
         return address, reader, writer

@@ -185,6 +185,12 @@ class ChildProcess:
             _signal_group(process.pid, signal.SIGKILL)
             await process.wait()
 
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send a signal to the program, if it runs."""
+        if self._process is not None:
+            with suppress(ProcessLookupError):
+                self._process.send_signal(number)
+
     def kill(self) -> None:
         """Kill the program for good."""
         self._stopping.set()

@@ -5,16 +5,20 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import ssl
 import sys
 import sysconfig
 from pathlib import Path
 
 import msgspec
 
+from shoal_cli.membership.nats_users import tls_configuration, users_configuration
+from shoal_cli.membership.operator_files import OperatorFiles
 from shoal_cli.node.node_plan import NodePlan, bracketed, local_address
 from shoal_cli.node.ports import bind_problem, holder_of
 from shoal_cli.node_home import Home
 from shoal_common.errors import NotFound, Refused
+from shoal_common.identity.tls import unverified_context
 
 _POLL_INTERVAL_S = 0.02
 _INFO_DEADLINE_S = 1.0
@@ -54,15 +58,15 @@ def _quoted(text: str) -> str:
     return text.replace("\\", "\\\\").replace('"', '\\"')
 
 
-def write_config(home: Home, plan: NodePlan, port: int) -> None:
-    """Fill in the template for this node; port 0 lets the server choose."""
-    authorization = f'authorization {{ token: "{_quoted(plan.secret)}" }}' if plan.secret else ""
+def write_config(home: Home, plan: NodePlan, port: int, operator: OperatorFiles) -> None:
+    """Fill in the template for this node and the cluster's members; port 0 lets the server choose. Blocks."""
     text = template().format(
         listen=f"{bracketed(plan.bind)}:{port or -1}",
         name=plan.node,
         run_dir=_quoted(str(home.run)),
         store_dir=_quoted(str(home.nats_store)),
-        authorization=authorization,
+        tls=tls_configuration(operator.nats_certificate_file, operator.nats_key_file),
+        authorization=users_configuration(operator.nkey.public, operator.members(), operator.invitations()),
     )
     new = home.nats_config.with_suffix(".new")
     new.unlink(missing_ok=True)
@@ -84,7 +88,7 @@ async def wait_listening(home: Home, pid: int) -> NatsPorts:
     while True:
         try:
             ports = msgspec.json.decode(file.read_bytes(), type=NatsPorts)
-            await read_info(*_host_and_port(ports))
+            await read_info(*_host_and_port(ports), unverified_context())
             remove_stale_port_files(home, except_file=file)
             return ports
         except (OSError, msgspec.DecodeError, IndexError, ValueError, TimeoutError):
@@ -101,10 +105,10 @@ def port_of(ports: NatsPorts) -> int:
     return _host_and_port(ports)[1]
 
 
-async def read_info(host: str, port: int) -> str:
+async def read_info(host: str, port: int, tls: ssl.SSLContext | None = None) -> str:
     """Return a server's first line, `INFO {…}`. Raises OSError, TimeoutError, or ValueError for what is not NATS."""
     async with asyncio.timeout(_INFO_DEADLINE_S):
-        reader, writer = await asyncio.open_connection(host, port, limit=_MAX_INFO_BYTES)
+        reader, writer = await asyncio.open_connection(host, port, limit=_MAX_INFO_BYTES, ssl=tls)
         try:
             line = (await reader.readline()).decode(errors="replace").strip()
         finally:
@@ -129,7 +133,7 @@ async def check_port_is_free(bind: str, port: int) -> None:
             port=port,
         ) from None
     raise Refused(
-        f"a NATS server already listens on {address} ({holder_of(port)}): join it with "
-        f"`shoal up --nats nats://{address}`, or run another one beside it with --nats-port 0",
+        f"a NATS server already listens on {address} ({holder_of(port)}): join its cluster "
+        f"with `shoal join {address}` and a code of `shoal invite`, or run another one beside it with --nats-port 0",
         port=port,
     )

@@ -12,7 +12,7 @@ import msgspec
 import nats
 from nats.js import JetStreamContext
 
-from shoal_common.bus.nats_client import NatsClient, patch_wait_for
+from shoal_common.bus.nats_client import NatsClient, patch_wait_for, silence_eof_warnings
 from shoal_common.concurrency.notifier import Notifier
 from shoal_common.errors import Denied, Unavailable
 from shoal_common.identity.certificates import NATS_HOST
@@ -43,6 +43,21 @@ def login_of(identity: NodeIdentity, user: str) -> NatsLogin:
     return NatsLogin(identity.nkey(user), inbox_prefix(identity.node, user), client_context(identity.authority))
 
 
+def login_options(login: NatsLogin | None) -> dict[str, Any]:
+    """Return the options of nats-py's `connect` for a login."""
+    if login is None:
+        return {}
+    silence_eof_warnings()
+    return {
+        "signature_cb": login.key.sign,
+        "inbox_prefix": login.inbox_prefix,
+        "tls": login.tls,
+        "tls_hostname": NATS_HOST,
+        # A server that sends anything before TLS is none of ours.
+        "tls_handshake_first": True,
+    }
+
+
 class Nats:
     """A process's connection, its JetStream context, and its count of reconnections."""
 
@@ -60,6 +75,24 @@ class Nats:
         return bool(self.client.is_connected)
 
 
+def _refused(addresses: str) -> Denied:
+    return Denied(
+        f"NATS at {addresses} refuses our credentials: this node was revoked, its home is a copy, or the user or "
+        "token in the URL is wrong; `shoal leave`, then join again with a new invitation"
+    )
+
+
+def _reason_to_give_up(error: Exception, addresses: str) -> Denied | None:
+    if "authorization" in str(error).lower():
+        return _refused(addresses)
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return Denied(
+            f"the server at {addresses} does not prove to be this cluster's NATS: check the address, and that "
+            "nothing stands between"
+        )
+    return None
+
+
 @asynccontextmanager
 async def connected(
     servers: list[str], name: str, timeout_s: float | None = None, login: NatsLogin | None = None
@@ -70,12 +103,16 @@ async def connected(
     """
     patch_wait_for()
     reconnects = Notifier()
-    denied: list[str] = []
+    addresses = ", ".join(s.split("@")[-1] for s in servers)
+    denied: asyncio.Future[Denied] = asyncio.get_running_loop().create_future()
 
     async def on_error(e: Exception) -> None:
-        if "authorization" in str(e).lower():
-            denied.append(str(e))
-        log.debug("nats", problem=str(e) or type(e).__name__)
+        text = str(e) or type(e).__name__
+        if (reason := _reason_to_give_up(e, addresses)) and not denied.done():
+            denied.set_result(reason)
+        if "permissions violation" in text.lower():
+            log.warning("NATS refused a subject", problem=text)
+        log.debug("nats", problem=text)
 
     async def on_disconnect() -> None:
         if not (client.is_draining or client.is_closed):
@@ -86,16 +123,6 @@ async def connected(
         reconnects.notify()
 
     client = NatsClient(login.key if login else None)
-    options: dict[str, Any] = {}
-    if login is not None:
-        # TLS first: a server that sends anything in the clear is none of ours.
-        options = {
-            "signature_cb": login.key.sign,
-            "inbox_prefix": login.inbox_prefix,
-            "tls": login.tls,
-            "tls_hostname": NATS_HOST,
-            "tls_handshake_first": True,
-        }
     connecting = asyncio.ensure_future(
         client.connect(
             servers=servers,
@@ -107,17 +134,20 @@ async def connected(
             reconnect_time_wait=RECONNECT_WAIT_S,
             connect_timeout=CONNECT_TIMEOUT_S,
             drain_timeout=DRAIN_TIMEOUT_S,
-            **options,
+            **login_options(login),
         )
     )
-    addresses = ", ".join(s.split("@")[-1] for s in servers)
     try:
         waited_s = 0.0
         step_s = min(5.0, timeout_s or 5.0)
-        while not (await asyncio.wait({connecting}, timeout=step_s))[0]:
+        either: set[asyncio.Future[Any]] = {connecting, denied}
+        while True:
+            await asyncio.wait(either, timeout=step_s, return_when=asyncio.FIRST_COMPLETED)
+            if connecting.done():
+                break
+            if denied.done():
+                raise denied.result()
             waited_s += step_s
-            if denied:
-                raise Denied(f"NATS at {addresses} refuses our credentials: check the user or token in the URL")
             if timeout_s is not None and waited_s >= timeout_s:
                 raise Unavailable(
                     f"no NATS server answers at {addresses} after {waited_s:.0f} s: is `shoal up` running there?"
@@ -126,7 +156,7 @@ async def connected(
         try:
             connecting.result()
         except nats.errors.AuthorizationError:
-            raise Denied(f"NATS at {addresses} refuses our credentials: check the user or token in the URL") from None
+            raise _refused(addresses) from None
         yield Nats(client, reconnects)
     finally:
         connecting.cancel()

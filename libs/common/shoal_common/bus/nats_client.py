@@ -1,4 +1,4 @@
-"""The client of nats-py without its two ways to lose a cancellation.
+"""The client of nats-py without its two ways to lose a cancellation, and one to wait for ever.
 
 A task that is cancelled while it waits for NATS must end; a task is cancelled only once.
 """
@@ -6,8 +6,11 @@ A task that is cancelled while it waits for NATS must end; a task is cancelled o
 from __future__ import annotations
 
 import asyncio
+import logging
 import sys
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import Any, TypeVar
 
@@ -23,6 +26,7 @@ from shoal_common.concurrency.cancellation import cancel_and_wait
 from shoal_common.identity.nkey import Nkey
 
 T = TypeVar("T")
+_CLOSE_TIMEOUT_S = 1.0
 
 WAITING_MODULES: tuple[ModuleType, ...] = (
     nats.aio.client,
@@ -43,6 +47,12 @@ class NatsClient(Client):
         # nats-py reads keys from files by the package `nkeys` alone; this is what it does with one.
         self._public_nkey = key.public if key else None
 
+    async def _connect_to_server(self, server: Any) -> None:
+        await super()._connect_to_server(server)
+        # The end of a TLS handshake that timed out is never reported, and nats-py waits for it before it tries again.
+        transport: Any = self._transport
+        transport.wait_closed = partial(_wait_closed, transport.wait_closed)
+
     async def _flush_pending(self, force_flush: bool = False) -> Any:
         # nats-py swallows a cancellation that arrives while a full buffer is flushed.
         task = asyncio.current_task()
@@ -53,9 +63,28 @@ class NatsClient(Client):
         return flushed
 
 
+async def _wait_closed(wait_closed: Callable[[], Awaitable[None]]) -> None:
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_CLOSE_TIMEOUT_S):
+            await wait_closed()
+
+
 def loses_cancellations(python: tuple[int, ...]) -> bool:
     """Return whether `asyncio.wait_for` of this Python loses a cancellation that arrives together with the result."""
     return python < (3, 12)
+
+
+class _NotAboutEof(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Drop what asyncio says of each TLS connection that nats-py ends: it changes nothing."""
+        return "eof_received" not in str(record.msg)
+
+
+def silence_eof_warnings() -> None:
+    """Keep asyncio from warning that nats-py's plain protocol cannot half-close a TLS connection."""
+    logger = logging.getLogger("asyncio")
+    if not any(isinstance(f, _NotAboutEof) for f in logger.filters):
+        logger.addFilter(_NotAboutEof())
 
 
 def patch_wait_for() -> None:

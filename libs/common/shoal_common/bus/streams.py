@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from enum import Enum
 from typing import Any, TypeVar
 
@@ -29,6 +30,8 @@ EVENT_MAX_AGE_S = 7 * 86400
 DELETE_MARKER_TTL_S = 600
 """How long watchers that were disconnected can still see a deletion; then the key leaves no trace (I8)."""
 MAX_CONSUMERS = 100_000
+MARK_KEY = "mark"
+_MARKED_BUCKETS = ("spec", "state")
 OUTAGE_DEADLINE_S = 60.0
 _RETRY_INTERVAL_S = 0.25
 OUTAGE_ERRORS = (
@@ -162,6 +165,7 @@ async def ensure_streams(js: JetStreamContext, replicas: int = 1) -> None:
                 f"stream {name} on this NATS server has other settings ({'; '.join(mismatches)}) and they cannot be "
                 f"changed: {e.description}; remove it with `nats stream rm {name}` if nothing else uses it"
             ) from None
+    await _write_marks(js)
 
 
 async def wait_for_streams(js: JetStreamContext) -> None:
@@ -184,33 +188,50 @@ async def wait_for_streams(js: JetStreamContext) -> None:
                 await asyncio.sleep(_RETRY_INTERVAL_S)
 
 
-class BucketContent(msgspec.Struct, frozen=True):
-    """What a bucket held at a moment: when it was created, the range of its revisions, and how many are left."""
+class BucketMark(msgspec.Struct, frozen=True):
+    """What tells that a bucket is still the one it was: a key that is written once, when the bucket is created."""
 
     created_at: str
-    first_revision: int
-    last_revision: int
-    count: int
+    revision: int
+    """Of the mark; 0 while there is none."""
 
 
-async def read_bucket_contents(js: JetStreamContext) -> dict[str, BucketContent]:
-    """Return what the buckets hold that services publish to. Raises NotFoundError if one is gone."""
-    return {bucket: await _bucket_content(js, f"KV_{bucket}") for bucket in ("spec", "state")}
+async def read_bucket_marks(js: JetStreamContext) -> dict[str, BucketMark]:
+    """Return the marks of the buckets that services publish to. Raises NotFoundError if one is gone."""
+    return {bucket: await _read_mark(js, bucket) for bucket in _MARKED_BUCKETS}
 
 
-async def _bucket_content(js: JetStreamContext, stream: str) -> BucketContent:
+async def _read_mark(js: JetStreamContext, bucket: str) -> BucketMark:
+    stream = f"KV_{bucket}"
     info = await retry_while_nats_down(lambda: js.stream_info(stream))
-    state = info.state
-    return BucketContent(str(info.created), state.first_seq, state.last_seq, state.messages)
+    try:
+        mark = await retry_while_nats_down(lambda: js.get_last_msg(stream, _mark_subject(bucket), direct=True))
+    except jse.NotFoundError:
+        return BucketMark(str(info.created), 0)
+    return BucketMark(str(info.created), mark.seq or 0)
 
 
-def lost_buckets(before: Mapping[str, BucketContent], now: Mapping[str, BucketContent]) -> list[str]:
+async def _write_marks(js: JetStreamContext) -> None:
+    for bucket in _MARKED_BUCKETS:
+        # Of several writers the first one wins.
+        with suppress(jse.APIError):
+            await retry_while_nats_down(
+                lambda b=bucket: js.publish(  # type: ignore[misc]  # lambda default binds the loop variable
+                    _mark_subject(b), b"{}", headers={"Nats-Expected-Last-Subject-Sequence": "0"}
+                )
+            )
+
+
+def _mark_subject(bucket: str) -> str:
+    return f"$KV.{bucket}.{MARK_KEY}"
+
+
+def lost_buckets(before: Mapping[str, BucketMark], now: Mapping[str, BucketMark]) -> list[str]:
     """Return the buckets that have lost everything they held before: created again, or purged."""
     return [
         bucket
-        for bucket, content in now.items()
-        if content.created_at != before[bucket].created_at
-        or (before[bucket].count and content.first_revision > before[bucket].last_revision)
+        for bucket, mark in now.items()
+        if mark.created_at != before[bucket].created_at or mark.revision != before[bucket].revision != 0
     ]
 
 

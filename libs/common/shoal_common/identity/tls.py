@@ -19,6 +19,13 @@ def client_context(authority: bytes) -> ssl.SSLContext:
     return context
 
 
+def unverified_context() -> ssl.SSLContext:
+    """Return a context that trusts whoever answers: for a look at what a server shows to everybody."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
+
+
 def server_context(identity: NodeIdentity) -> ssl.SSLContext:
     """Return the context for listening as this node."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

@@ -97,6 +97,7 @@ class CommandWorker:
     async def _ensure_consumer(self, subject: str, durable: str) -> None:
         wanted = api.ConsumerConfig(
             durable_name=durable,
+            name=durable,  # the request's subject then states the filter: a server can refuse others' commands
             filter_subject=subject,
             ack_policy=api.AckPolicy.EXPLICIT,
             ack_wait=ACK_WAIT_S,

@@ -1,0 +1,43 @@
+"""The part of nats-server's configuration that says who may do what. Pure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from shoal_cli.membership.admission import Invitation
+from shoal_cli.membership.permissions import OPERATOR, Permissions, invitation_permissions, permissions
+from shoal_common.messages.membership import Member
+
+_HANDSHAKE_TIMEOUT_S = 5
+
+
+def users_configuration(operator_nkey: str, members: Mapping[str, Member], invitations: Sequence[Invitation]) -> str:
+    """Return the block `authorization`: the operator, each member's users, and who may ask to join."""
+    users = [
+        _user(operator_nkey, OPERATOR),
+        *(
+            _user(key, permissions(user, node))
+            for node, m in sorted(members.items())
+            for user, key in m.nkeys.items()
+        ),
+        *(_user(i.nkey, invitation_permissions(i.id)) for i in invitations),
+    ]
+    return "authorization {\n  users: [\n" + "\n".join(users) + "\n  ]\n}\n"
+
+
+def tls_configuration(certificate: Path, key: Path) -> str:
+    """Return the block `tls`. A client may begin with TLS, as ours do, and need not.
+
+    Without it only INFO can be read, which says that NATS is up.
+    """
+    return (
+        f"tls {{\n  cert_file: {json.dumps(str(certificate))}\n  key_file: {json.dumps(str(key))}\n"
+        f"  handshake_first: auto\n  timeout: {_HANDSHAKE_TIMEOUT_S}\n}}\n"
+    )
+
+
+def _user(nkey: str, allowed: Permissions) -> str:
+    rights = {"publish": {"allow": allowed.publish}, "subscribe": {"allow": allowed.subscribe}}
+    return f"    {{ nkey: {nkey}, permissions: {json.dumps(rights)} }}"
