@@ -15,7 +15,7 @@ help:
 	@echo "make test-long   run what takes long, too   (AREA: storage, inference, cluster, ...)"
 	@echo "make bench   run the benchmarks and write docs/benchmarks.md"
 	@echo "make chaos   inject faults into a cluster and check it   (CHAOS_ROUNDS, CHAOS_SEED, CHAOS_KINDS)"
-	@echo "make docs    write the tables of docs/protocol.md and docs/settings.md from the code"
+	@echo "make docs    write the tables of docs/protocol.md, settings.md and permissions.md from the code"
 	@echo "make hooks   check each commit before it is made     make format    format the code"
 	@echo "make lock    pin the requirements again"
 
@@ -88,6 +88,7 @@ chaos: setup
 docs: setup
 	$(BIN)/python -m scripts.protocol_fields
 	$(BIN)/python -m scripts.settings_tables
+	$(BIN)/python -m scripts.permission_tables
 
 bench: $(VENV)/.bench
 	@scripts/system-packages.sh bench

@@ -49,8 +49,8 @@ def agents(venv: Path, home: Path, per_service: bool, environ: dict[str, str]) -
         return {"node": agent("node", [str(binaries / "shoal"), "up"], home, environ)}
     python = [str(binaries / "python"), "-P", "-m"]
     found = {s: agent(s, [*python, f"shoal_{s}"], home, _for(s, environ)) for s in SERVICES}
-    config = str(home / "nats-server.conf")
-    return {"nats": agent("nats", [str(binaries / "nats-server"), "-c", config], home, {}), **found}
+    nats = [str(binaries / "shoal"), "up", "--only-nats"]
+    return {"nats": agent("nats", nats, home, _for("nats", environ)), **found}
 
 
 def _for(service: str, environ: dict[str, str]) -> dict[str, str]:
