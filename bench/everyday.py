@@ -21,30 +21,28 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT)]
 
 import httpx2  # noqa: E402  # after the path is set
-import nats  # noqa: E402
 
 from figures import Figure, figure, interleaved, report  # noqa: E402
 from shoal_demo import DEMO_MODEL, MODELS_DIR  # noqa: E402
 from shoal_demo.hub_server import RunningHub, running_hub  # noqa: E402
-from tests.harness.shoal import ShoalCluster  # noqa: E402
+from tests.harness.shoal import ShoalCluster, ShoalNode  # noqa: E402
 
 QUICK = "--quick" in sys.argv
 ROUNDS = 3 if QUICK else 9
 CALLS = 50 if QUICK else 300
 
 
-async def command_latencies(nats_url: str) -> tuple[float, float]:
+async def command_latencies(node: ShoalNode) -> tuple[float, float]:
     """Return the median seconds of a command with its outcome, and of a bare RPC to a service."""
-    connection = await nats.connect(nats_url)
     command, request = "shoal.v1.cmd.fetcher.a.cancel", "shoal.v1.svc.storage.a.manifest"
     body = json.dumps({"model": "nobody/nothing"}).encode()
     samples: dict[str, list[float]] = {command: [], request: []}
-    for _ in range(CALLS):
-        for subject, durations_s in samples.items():
-            started_s = time.perf_counter()
-            await connection.request(subject, body, timeout=10)
-            durations_s.append(time.perf_counter() - started_s)
-    await connection.close()
+    async with node.operator() as nats:
+        for _ in range(CALLS):
+            for subject, durations_s in samples.items():
+                started_s = time.perf_counter()
+                await nats.client.request(subject, body, timeout=10)
+                durations_s.append(time.perf_counter() - started_s)
     return statistics.median(samples[command]), statistics.median(samples[request])
 
 
@@ -86,7 +84,7 @@ def main() -> None:
         running_hub(MODELS_DIR, process=True) as hub,
         ShoalCluster(Path(directory), hub.base_url, names=("a", "b")) as cluster,
     ):
-        command_s, request_s = asyncio.run(command_latencies(cluster["a"].nats_url))
+        command_s, request_s = asyncio.run(command_latencies(cluster["a"]))
         figures["command_over_request"] = figure(command_s / request_s, "x")
         figures["command_ms"] = figure(command_s * 1000, "ms")
         pulls = interleaved({"pull": partial(pull_s, cluster), "read": partial(read_s, hub)}, ROUNDS)

@@ -19,10 +19,13 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from shoal_cli.membership.operator_files import OperatorFiles
 from shoal_cli.node.control import SupervisorStatus
 from shoal_cli.node.down import supervisor_status
 from shoal_cli.node_home import Home
+from shoal_common.bus.connection import NatsLogin
 from shoal_common.errors import ShoalError
+from shoal_common.identity.tls import client_context
 from tests.cli.fake_gateway import Cluster
 from tests.harness.process import source_path
 
@@ -111,6 +114,12 @@ class Node:
     def log(self, name: str) -> str:
         path = self.home.log(name)
         return path.read_text() if path.exists() else ""
+
+
+def operator_login(node: Node) -> NatsLogin:
+    """Return the login of the operator of the cluster that a node has started."""
+    files = OperatorFiles(node.home.root)
+    return NatsLogin(files.nkey, "_INBOX.operator", client_context(files.authority))
 
 
 def alive(pid: int) -> bool:

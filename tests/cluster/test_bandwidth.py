@@ -6,7 +6,6 @@ import asyncio
 import json
 from pathlib import Path
 
-from shoal_common.bus.connection import connected
 from shoal_common.bus.keys import liveness_key
 from shoal_common.bus.kv_bucket import Buckets
 from shoal_common.messages.liveness import LivenessRecord, NodeFacts
@@ -15,7 +14,7 @@ from shoal_inference.host_facts import device
 from shoal_inference.host_facts.bandwidth_estimate import MIN_SAMPLE_BYTES
 from shoal_inference.host_facts.device import machine_fingerprint
 from shoal_inference.stage.compute.device import Device
-from tests.harness.shoal import ShoalCluster, eventually
+from tests.harness.shoal import ShoalCluster, ShoalNode, eventually
 from tests.inference.tiny_models import write_model
 
 MODEL = "org/wide"
@@ -23,9 +22,9 @@ IDLE = 1e8
 """Set as the idle bandwidth: slower than any machine is."""
 
 
-async def facts_of(nats: str, node: str) -> NodeFacts:
+async def facts_of(on: ShoalNode, node: str) -> NodeFacts:
     """Return the published facts of a node's inference."""
-    async with connected([nats], "test", 10) as here:
+    async with on.operator() as here:
         live = await Buckets(here.js).live.get_as(liveness_key(node, "inference"), LivenessRecord)
         return live.facts if live is not None else NodeFacts()
 
@@ -51,12 +50,12 @@ def test_a_node_publishes_its_stages_bandwidth_across_a_restart(tmp_path: Path) 
 
         # Until a node has published how fast it reads, the default is used.
         before = eventually(by_the_idle_speed, "the idle machine's speed is used")
-        assert asyncio.run(facts_of(node.nats_url, "a")).observed_bandwidth_bytes_per_s == 0
+        assert asyncio.run(facts_of(node, "a")).observed_bandwidth_bytes_per_s == 0
 
         def shown() -> float:
             ask = {"model": MODEL, "messages": [{"role": "user", "content": "go on"}], "max_tokens": 20}
             node.call("POST", "/v1/chat/completions", ask)
-            return asyncio.run(facts_of(node.nats_url, "a")).observed_bandwidth_bytes_per_s
+            return asyncio.run(facts_of(node, "a")).observed_bandwidth_bytes_per_s
 
         faster = eventually(shown, "what the stage has shown is said", 90.0)
         assert faster > 1.1 * IDLE
@@ -69,6 +68,6 @@ def test_a_node_publishes_its_stages_bandwidth_across_a_restart(tmp_path: Path) 
         assert kept > 1.1 * IDLE
 
         def published_again() -> bool:
-            return asyncio.run(facts_of(node.nats_url, "a")).observed_bandwidth_bytes_per_s >= float(kept)
+            return asyncio.run(facts_of(node, "a")).observed_bandwidth_bytes_per_s >= float(kept)
 
         eventually(published_again, "what was shown before is said by the next start")

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import nats
 import pytest
 from mlx_lm import load, stream_generate
 
@@ -73,12 +72,9 @@ def test_I11_answers_of_any_number_of_stages_equal_one_process(
 
 def test_nodes_publish_and_unpublish_what_their_stages_occupy(pulled: ShoalCluster) -> None:
     async def facts() -> NodeFacts:
-        client = await nats.connect(pulled["a"].nats_url)
-        try:
-            bucket = await client.jetstream().key_value("live")
+        async with pulled["a"].operator() as nats:
+            bucket = await nats.js.key_value("live")
             return decode((await bucket.get("a.inference")).value or b"", LivenessRecord).facts
-        finally:
-            await client.close()
 
     instance = str(pulled["a"].call("POST", "/v1/instances", {"model": DEMO_MODEL, "nodes": ["a"]})["id"])
     try:
@@ -93,10 +89,9 @@ def test_nats_req_does_what_the_cli_does_and_returns_the_outcome(pulled: ShoalCl
     pulled["c"].shoal("rm", DEMO_MODEL, "--node", "c", check=True)
 
     async def request() -> dict[str, Any]:
-        connection = await nats.connect(pulled["a"].nats_url)
         body = json.dumps({"model": DEMO_MODEL}).encode()
-        reply = await connection.request("shoal.v1.cmd.fetcher.c.download", body, timeout=60)
-        await connection.close()
+        async with pulled["a"].operator() as nats:
+            reply = await nats.client.request("shoal.v1.cmd.fetcher.c.download", body, timeout=60)
         return dict(json.loads(reply.data))
 
     outcome = asyncio.run(request())

@@ -60,6 +60,7 @@ def test_an_example_runs_as_written(placed: ShoalCluster, tmp_path: Path, name: 
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "HOME": str(tmp_path),
         "SHOAL_GATEWAY": placed["a"].url,
+        "SHOAL_HOME": str(placed["a"].home),
         "SHOAL_NATS": placed["a"].nats_url,
     }
     if name == "huggingface_download.py":

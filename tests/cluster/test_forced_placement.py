@@ -7,20 +7,19 @@ from pathlib import Path
 
 from msgspec import structs
 
-from shoal_common.bus.connection import connected
 from shoal_common.bus.keys import instance_key
 from shoal_common.bus.kv_bucket import Buckets
 from shoal_common.messages.instances import InstanceSpec
 from shoal_demo import DEMO_MODEL
 from shoal_demo.hub_server import RunningHub
-from tests.harness.shoal import ShoalCluster, eventually
+from tests.harness.shoal import ShoalCluster, ShoalNode, eventually
 
 MORE_THAN_ANY_MACHINE_HAS = str(1 << 60)
 
 
-async def force(nats: str, instance: str) -> None:
+async def force(node: ShoalNode, instance: str) -> None:
     """Mark an instance as placed by force: the model is too small to need that on a machine that runs tests."""
-    async with connected([nats], "test", 10) as here:
+    async with node.operator() as here:
         spec = Buckets(here.js).spec
         placed = await spec.get_as(instance_key(instance), InstanceSpec)
         assert placed is not None
@@ -37,7 +36,7 @@ def test_a_forced_instance_is_killed_before_the_machine_starves(tmp_path: Path, 
         (instance,) = node.call("GET", "/v1/instances")["instances"]
         assert instance["phase"] == "ready", "one that fits does not give way, however little is left"
         pid = node.child("inference").pid
-        asyncio.run(force(node.nats_url, instance["id"]))
+        asyncio.run(force(node, instance["id"]))
 
         def stopped() -> dict[str, object] | None:
             (now,) = node.call("GET", "/v1/instances")["instances"]

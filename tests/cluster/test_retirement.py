@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import nats
 from nats.js import JetStreamContext
 
 from shoal_common.bus.keys import download_key, model_key, storage_key
@@ -18,7 +17,7 @@ from shoal_common.messages.storage import ModelState, StorageState
 from shoal_common.store.store_paths import StorePaths
 from shoal_demo.hub_server import RunningHub
 from tests.harness import waiting
-from tests.harness.shoal import ShoalCluster, eventually
+from tests.harness.shoal import ShoalCluster, ShoalNode, eventually
 
 SILENCE_S = 60.0
 COLLECTED_DEADLINE_S = 90.0
@@ -71,11 +70,10 @@ async def retirements(js: JetStreamContext) -> list[dict[str, Any]]:
     return [json.loads(m.data or b"") for m in messages if (m.subject or "").endswith(".retired")]
 
 
-async def collected(nats_url: str, remove: Callable[[str], None]) -> None:
+async def collected(on: ShoalNode, remove: Callable[[str], None]) -> None:
     """Check the whole retirement on a cluster of one live node."""
-    client = await nats.connect(nats_url)
-    try:
-        js = client.jetstream()
+    async with on.operator() as nats:
+        js = nats.js
         keys = await stale_entries(js)
         for node in RETIRED:
             await asyncio.to_thread(remove, model_of(node))
@@ -92,8 +90,6 @@ async def collected(nats_url: str, remove: Callable[[str], None]) -> None:
         await asyncio.sleep(SILENCE_S)  # nothing may happen meanwhile
         assert await written(js) == before, "a cluster in which nothing happens writes nothing"
         assert sorted(e["retired"] for e in await retirements(js)) == sorted(RETIRED)
-    finally:
-        await client.close()
 
 
 def test_I5_I7_I8_retired_nodes_are_collected_once_without_a_hub(tmp_path: Path, quiet_hub: RunningHub) -> None:
@@ -112,7 +108,7 @@ def test_I5_I7_I8_retired_nodes_are_collected_once_without_a_hub(tmp_path: Path,
             return bool(row["storage"] and row["storage"]["foreign_count"] >= 1)
 
         eventually(counted, "what lies about is counted")
-        asyncio.run(collected(node.nats_url, remove))
+        asyncio.run(collected(node, remove))
         asked = quiet_hub.stats().requests
         assert (asked.api, asked.head, asked.get) == (0, 0, 0)
         assert {service: node.child(service).pid for service in services} == pids, "nothing has crashed"

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import nats
 import pytest
 from mlx_lm import load, stream_generate
 
@@ -108,9 +107,8 @@ def ask(cluster: ShoalCluster, subject: str, **body: Any) -> dict[str, Any]:
     """Send a command that must succeed by `nats req`, and return its result."""
 
     async def request() -> dict[str, Any]:
-        connection = await nats.connect(cluster["a"].nats_url)
-        reply = await connection.request(f"shoal.v1.cmd.{subject}", json.dumps(body).encode(), timeout=60)
-        await connection.close()
+        async with cluster["a"].operator() as nats:
+            reply = await nats.client.request(f"shoal.v1.cmd.{subject}", json.dumps(body).encode(), timeout=60)
         return dict(json.loads(reply.data))
 
     outcome = asyncio.run(request())

@@ -8,17 +8,21 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import httpx2
 
+from shoal_cli.membership.operator_files import OperatorFiles
 from shoal_cli.node.children.restart_policy import ChildStatus
 from shoal_cli.node.down import supervisor_status
 from shoal_cli.node_home import Home
+from shoal_common.bus.connection import Nats, NatsLogin, connected
+from shoal_common.identity.tls import client_context
 from tests.harness.process import is_paused
 
 UP_DEADLINE_S = 90.0
@@ -104,7 +108,21 @@ class ShoalNode:
     def nats_url(self) -> str:
         """Address of the NATS server that it runs."""
         ports = max((self.home / "run").glob("nats-server_*.ports"), key=lambda p: p.stat().st_mtime)
-        return str(json.loads(ports.read_text())["nats"][0])
+        return f"tls://{json.loads(ports.read_text())['nats'][0].rpartition('/')[2]}"
+
+    @asynccontextmanager
+    async def operator(self) -> AsyncIterator[Nats]:
+        """Connect to its NATS as the cluster's operator, who may do everything."""
+        files = OperatorFiles(self.home)
+        login = NatsLogin(files.nkey, "_INBOX.test", client_context(files.authority))
+        async with connected([self.nats_url], "test", WAIT_DEADLINE_S, login) as nats:
+            yield nats
+
+    def join(self, first: ShoalNode) -> None:
+        """Become a member of the cluster that another node has started."""
+        invitation = json.loads(first.shoal("invite", "--json", check=True).stdout)
+        arguments = ("join", invitation["address"], "--code-file", "-", "--node", self.node)
+        self.shoal(*arguments, check=True, stdin=invitation["code"])
 
     def call(self, method: str, path: str, body: object = None) -> Any:
         """Send a request to its API that has to succeed."""
@@ -172,9 +190,8 @@ class ShoalCluster:
     def __enter__(self) -> Self:
         try:
             self.nodes[0].up("--nats-port", "0")
-            nats = self.nodes[0].nats_url
             with ThreadPoolExecutor() as starting:
-                list(starting.map(lambda n: n.up("--nats", nats), self.nodes[1:]))
+                list(starting.map(self._join_and_up, self.nodes[1:]))
         except BaseException:
             self._down()
             raise
@@ -189,6 +206,16 @@ class ShoalCluster:
             for node in self.nodes:
                 print(node.logs())
         self._down()
+        assert error is not None or not self.refused_subjects(), self.refused_subjects()
+
+    def _join_and_up(self, node: ShoalNode) -> None:
+        node.join(self.nodes[0])
+        node.up()
+
+    def refused_subjects(self) -> set[str]:
+        """Return what NATS has refused the nodes' own services (I12): they are to need no more than they may."""
+        logs = [log.read_text(errors="replace") for n in self.nodes for log in (n.home / "log").glob("*.log*")]
+        return {line for text in logs for line in text.splitlines() if "NATS refused a subject" in line}
 
     def _down(self) -> None:
         for node in reversed(self.nodes):

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from shoal_cli.node.children.nats_process import find_program
 from shoal_common.names import SERVICES
 from tests.harness.process import checked_run
 
@@ -23,7 +22,7 @@ UNITS = DEPLOY / "systemd"
 def test_systemd_accepts_the_units_without_warnings(tmp_path: Path) -> None:
     binaries = tmp_path / ".local/share/shoal/venv/bin"
     binaries.mkdir(parents=True)
-    for name in ("python", "nats-server"):
+    for name in ("python", "shoal"):
         (binaries / name).symlink_to("/bin/true")
     run_directory = tmp_path / "run"
     run_directory.mkdir(mode=0o700)
@@ -70,32 +69,3 @@ def test_launchd_keeps_agents_and_only_the_fetcher_has_hf_token(tmp_path: Path, 
     if per_service:
         holders = {p["Label"] for p in found.values() if "HF_TOKEN" in p["EnvironmentVariables"]}
         assert holders == {"org.shoal.fetcher"}
-
-
-@pytest.mark.parametrize(
-    ("bind", "secret"), [("127.0.0.1", ""), ("0.0.0.0", "0123456789abcdef"), ("::", "0123456789abcdef")]
-)
-def test_NATS_accepts_the_filled_in_configuration(tmp_path: Path, bind: str, secret: str) -> None:
-    home = tmp_path / 'a "quoted" home'
-    home.mkdir()
-    if secret:
-        (home / "secret").write_text(secret)
-    script = [sys.executable, str(DEPLOY / "nats" / "fill_in.py"), "--home", str(home), "--bind", bind, "--name", "n"]
-    text = checked_run(*script, timeout_s=30).stdout
-    (tmp_path / "c.conf").write_text(text)
-    done = subprocess.run(
-        [str(find_program()), "-t", "-c", str(tmp_path / "c.conf")],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=30,
-    )
-    assert done.returncode == 0, done.stderr
-    assert ("authorization" in text) == bool(secret)
-
-
-def test_I12_NATS_beyond_loopback_requires_a_secret(tmp_path: Path) -> None:
-    script = [sys.executable, str(DEPLOY / "nats" / "fill_in.py"), "--home", str(tmp_path), "--bind", "0.0.0.0"]
-    done = subprocess.run(script, capture_output=True, text=True, check=False, timeout=30)
-    assert done.returncode == 2
-    assert "a secret is needed" in done.stderr

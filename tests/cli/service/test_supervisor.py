@@ -21,7 +21,7 @@ from shoal_cli.doctor.probes.nats import jetstream_settings
 from shoal_cli.node.control import ControlRequest, ask
 from shoal_common.bus.connection import connected
 from shoal_common.errors import BadMessage, NotFound, Refused
-from tests.cli.conftest import Node, alive, wait_until
+from tests.cli.conftest import Node, alive, operator_login, wait_until
 
 
 def ready(node: Node, name: str, but: int = 0) -> Callable[[], bool]:
@@ -218,7 +218,7 @@ def test_the_control_socket_speaks_json_lines_and_refuses_others(node: Node) -> 
     node.up()
     status = json.loads(ask(node.home, ControlRequest(op="status"), 5))
     assert {c["name"] for c in status["children"]} == {"nats", "storage", "fetcher", "gateway"}
-    with pytest.raises(BadMessage, match="status, restart and stop"):
+    with pytest.raises(BadMessage, match="status, restart, invite, revoke and stop"):
         ask(node.home, ControlRequest(op="dance"), 5)
     with socket.socket(socket.AF_UNIX) as s:
         s.settimeout(5)
@@ -260,14 +260,14 @@ async def test_NATS_is_as_asked_and_keeps_its_store_when_killed(node: Node) -> N
     assert "Max Storage:     1.00 GB" in log and "Max Memory:      64.00 MB" in log
     assert jetstream_settings(node.home.nats_config.read_text()) == JetStreamSettings(2**30, True, 0.0)
 
-    async with connected([url], "test", timeout_s=5) as nats:
+    async with connected([url], "test", 5, operator_login(node)) as nats:
         await nats.js.add_stream(name="kept", subjects=["kept"])
         await nats.js.publish("kept", b"acknowledged")
     os.kill(before, signal.SIGKILL)
     wait_until(ready(node, "nats", but=before), "NATS is back")
     # The same address, another process, the same store.
     assert node.status().nats == [url]
-    async with connected([url], "test", timeout_s=5) as nats:
+    async with connected([url], "test", 5, operator_login(node)) as nats:
         assert (await nats.js.get_last_msg("kept", "kept")).data == b"acknowledged"
     assert len(list(node.home.run.glob("nats-server_*.ports"))) == 1
 
@@ -280,7 +280,7 @@ def test_a_port_that_NATS_has_is_refused_with_how_to_join_it(node: Node, make_no
     assert up.returncode == 4
     assert f"a NATS server already listens on 127.0.0.1:{port}" in up.stderr
     assert f"pid {node.pids()['nats']}" in up.stderr
-    assert f"shoal up --nats nats://127.0.0.1:{port}" in up.stderr
+    assert f"shoal join 127.0.0.1:{port}" in up.stderr
 
 
 @pytest.mark.parametrize("flag", ["--nats-port", "--port"])
@@ -292,40 +292,6 @@ def test_a_port_that_another_program_has_is_refused_naming_it(node: Node, flag: 
     assert up.returncode == 4
     assert f"pid {os.getpid()}" in up.stderr
     assert flag in up.stderr
-
-
-async def test_I12_beyond_loopback_NATS_needs_the_printed_secret(
-    node: Node, make_node: Callable[[str], Node]
-) -> None:
-    up = node.up("--bind", "0.0.0.0")
-    assert up.returncode == 0, up.stderr
-    secret = node.home.read_secret()
-    assert stat.S_IMODE(node.home.secret.stat().st_mode) == 0o600
-    assert len(secret) >= 32
-    join = re.search(r"shoal up --nats (nats://\S+)", up.stdout)
-    assert join is not None and secret in join.group(1)
-    # Only there: no other line, no log and no status tells the secret.
-    assert up.stdout.count(secret) == 1
-    assert not any(secret in node.log(n) for n in ("supervisor", "nats", "storage"))
-    assert secret not in ask(node.home, ControlRequest(op="status"), 5).decode()
-
-    port = node.status().nats[0].rpartition(":")[2]
-    greeting = _first_line_then(port, b'CONNECT {"verbose":false}\r\nPING\r\n')
-    assert "Authorization Violation" in greeting
-
-    other = make_node("node-b")
-    joined = other.up("--nats", f"nats://{secret}@127.0.0.1:{port}", "--bind", "0.0.0.0")
-    assert joined.returncode == 0, joined.stderr
-    assert other.home.read_secret() == secret
-    assert "nats" not in other.pids()
-
-
-def _first_line_then(port: str, reply: bytes) -> str:
-    with socket.create_connection(("127.0.0.1", int(port)), timeout=5) as s:
-        reader = s.makefile()
-        reader.readline()
-        s.sendall(reply)
-        return reader.readline()
 
 
 def test_another_name_for_a_node_that_has_one_is_refused(node: Node) -> None:

@@ -22,7 +22,7 @@ from shoal_cli.doctor.checks.ports import ExpectedPort, PortListener
 from shoal_cli.doctor.checks.reachability import OsInfo
 from shoal_cli.doctor.checks.services import ServiceFacts, SystemdUnit
 from shoal_cli.doctor.finding import Finding
-from shoal_cli.doctor.probes.local_node import servers_of, with_secret
+from shoal_cli.doctor.probes.local_node import servers_of
 from shoal_cli.doctor.probes.systemd_units import parse
 from shoal_cli.node.children.restart_policy import ChildStatus
 from shoal_cli.node.control import SupervisorStatus
@@ -251,7 +251,11 @@ def test_a_good_nats_is_three_lines() -> None:
             "problem",
             ("nothing listens there",),
         ),
-        ({"servers": [GOOD], "denied": "Authorization Violation"}, "problem", ("refuses our credentials", "secret")),
+        (
+            {"servers": [GOOD], "denied": "Authorization Violation"},
+            "problem",
+            ("refuses our", "shoal leave"),
+        ),
         ({"servers": [GOOD], "error": "TLS"}, "problem", ("connecting fails: TLS",)),
         ({"servers": [REFUSED], "expected": False}, "skipped", ()),
     ],
@@ -339,13 +343,13 @@ def test_servers_come_from_the_supervisor_with_given_credentials() -> None:
         logs="",
         children=[child("nats")],
     )
-    assert servers_of(up, {}, {}) == (["nats://n:4222"], True)
-    assert servers_of(up, {}, {"nats": ["nats://u:p@n:4222"]}) == (["nats://u:p@n:4222"], True)
-    assert servers_of(None, {}, {}) == (["nats://127.0.0.1:4222"], True)
-    assert servers_of(None, {"SHOAL_NATS": "n:1, nats://m:2"}, {"nats": ["x"]}) == (
+    assert servers_of(up, {}, {}, False) == (["nats://n:4222"], True)
+    assert servers_of(up, {}, {"nats": ["nats://u:p@n:4222"]}, False) == (["nats://u:p@n:4222"], True)
+    assert servers_of(None, {}, {}, False) == (["nats://127.0.0.1:4222"], True)
+    assert servers_of(None, {"SHOAL_NATS": "n:1, nats://m:2"}, {"nats": ["x"]}, False) == (
         ["nats://n:1", "nats://m:2"],
         False,
     )
-    assert servers_of(None, {}, {"nats": "wrong"}) == (["nats://127.0.0.1:4222"], True)
-    assert with_secret("nats://n:4222", "s") == "nats://s@n:4222"
-    assert with_secret("nats://t@n:4222", "s") == "nats://t@n:4222"
+    assert servers_of(None, {}, {"nats": "wrong"}, True) == (["tls://127.0.0.1:4222"], True)
+    joined = {"cluster": {"nats": ["tls://n:4222"]}}
+    assert servers_of(None, {}, joined, True) == (["tls://n:4222"], False)

@@ -14,7 +14,6 @@ from shoal_cli.node.node_plan import (
     make_plan,
     nats_spec,
     service_spec,
-    url_token,
     without_token,
 )
 from shoal_common.errors import BadInput, Refused
@@ -26,10 +25,10 @@ SECRET = "0123456789abcdef"
 def plan(
     environ: dict[str, str] | None = None,
     settings: dict[str, Any] | None = None,
-    kept: str = "",
+    is_member: bool = False,
     **options: Any,
 ) -> NodePlan:
-    return make_plan(UpOptions(home="/h", **options), environ or {}, settings or {}, "node-a", kept)
+    return make_plan(UpOptions(home="/h", **options), environ or {}, settings or {}, "node-a", is_member)
 
 
 def test_I12_the_hubs_token_reaches_the_fetcher_and_nobody_else() -> None:
@@ -38,11 +37,11 @@ def test_I12_the_hubs_token_reaches_the_fetcher_and_nobody_else() -> None:
         given = service_spec(plan(), service, ["nats://x:1"], 8080, "python", environ).environ
         assert ("hf_1" in given.values() or "hf_2" in given.values()) == (service == "fetcher")
         assert given["PATH"] == "/bin"
-    assert "hf_1" not in nats_spec(Path("n"), Path("c"), environ | {"SHOAL_SECRET": SECRET}).environ.values()
+    assert "hf_1" not in nats_spec(Path("n"), Path("c"), environ).environ.values()
 
 
 def test_services_receive_home_nats_bind_port_hub_and_storage() -> None:
-    made = plan(bind="127.0.0.1", hub="http://hub", environ={"SHOAL_SECRET": SECRET})
+    made = plan(bind="127.0.0.1", hub="http://hub")
     given = service_spec(
         made, "storage", ["nats://a:1", "nats://b:2"], 99, "py", {"NOTIFY_SOCKET": "s", "SHOAL_LOG": "debug"}
     )
@@ -53,7 +52,6 @@ def test_services_receive_home_nats_bind_port_hub_and_storage() -> None:
         "SHOAL_NATS": "nats://a:1,nats://b:2",
         "SHOAL_BIND": "127.0.0.1",
         "SHOAL_GATEWAY_PORT": "99",
-        "SHOAL_SECRET": SECRET,
         "SHOAL_LOG": "debug",
         "HF_ENDPOINT": "http://hub",
         "PYTHONUNBUFFERED": "1",
@@ -87,20 +85,24 @@ def test_servers_to_join_come_from_flag_environment_then_file() -> None:
     assert plan().runs_nats
 
 
-def test_I12_binding_beyond_loopback_needs_or_makes_a_secret() -> None:
-    assert plan(bind="0.0.0.0").needs_secret
-    assert not plan(bind="0.0.0.0", kept=SECRET).needs_secret
-    assert not plan(kept=SECRET).secret  # on loopback nothing is asked for
-    with pytest.raises(BadInput, match="cluster's secret"):
+def test_I12_to_join_beyond_loopback_a_node_must_be_a_member() -> None:
+    assert plan(bind="0.0.0.0").runs_nats  # its own cluster, which it makes
+    with pytest.raises(BadInput, match="shoal join"):
         plan(bind="0.0.0.0", nats=["nats://far:4222"])
+    assert plan(nats=["nats://far:4222"]).bind == "127.0.0.1"
 
 
-def test_a_node_that_joins_with_the_secret_is_reachable_by_peers() -> None:
-    joined = plan(nats=[f"nats://{SECRET}@far:4222"])
-    assert (joined.bind, joined.secret) == ("0.0.0.0", SECRET)
-    assert plan(nats=["nats://far:4222"], kept=SECRET).secret == SECRET
-    assert plan(nats=[f"nats://{SECRET}@far:4222"], bind="127.0.0.1").bind == "127.0.0.1"
-    assert plan(nats=["nats://127.0.0.1:4222"], kept=SECRET) == plan(nats=["nats://127.0.0.1:4222"])
+def test_a_node_that_joined_other_machines_is_reachable_by_them() -> None:
+    joined = {"cluster": {"nats": ["tls://far:4222"]}}
+    assert plan(settings=joined, is_member=True).bind == "0.0.0.0"
+    assert plan(settings=joined, is_member=True, bind="127.0.0.1").bind == "127.0.0.1"
+    assert plan(settings={"cluster": {"nats": ["tls://127.0.0.1:4222"]}}, is_member=True).bind == "127.0.0.1"
+    assert plan(settings={**joined, "nats": ["nats://file:1"]}, is_member=True).joins == ["tls://far:4222"]
+
+
+def test_a_secret_of_an_older_version_is_refused_by_name() -> None:
+    with pytest.raises(Refused, match="SHOAL_SECRET does nothing any more"):
+        plan(environ={"SHOAL_SECRET": SECRET})
 
 
 def test_programs_can_be_replaced_in_the_settings_file() -> None:
@@ -119,8 +121,7 @@ def test_programs_can_be_replaced_in_the_settings_file() -> None:
         ({}, {"nats": ["nats://x:port"]}),
         ({}, {"nats": ["nats://"]}),
         ({}, {"bind": "everywhere"}),
-        ({}, {"without": list(SERVICES)}),
-        ({}, {"nats": ["nats://short@far:1"]}),
+        ({}, {"without": list(SERVICES), "nats": ["nats://x:1"]}),
     ],
 )
 def test_what_cannot_be_run_is_refused_with_a_reason(settings: dict[str, Any], options: dict[str, Any]) -> None:
@@ -135,13 +136,13 @@ def test_a_refused_url_is_quoted_without_its_secret() -> None:
 
 
 @pytest.mark.parametrize(
-    ("url", "shown", "token"),
+    ("url", "shown"),
     [
-        ("nats://x:1", "nats://x:1", ""),
-        ("nats://t@x:1", "nats://x:1", "t"),
-        ("nats://u:p@x:1", "nats://x:1", ""),
-        ("nats://t@[::1]:1", "nats://[::1]:1", "t"),
+        ("nats://x:1", "nats://x:1"),
+        ("nats://t@x:1", "nats://x:1"),
+        ("nats://u:p@x:1", "nats://x:1"),
+        ("nats://t@[::1]:1", "nats://[::1]:1"),
     ],
 )
-def test_urls_are_shown_without_credentials(url: str, shown: str, token: str) -> None:
-    assert (without_token(url), url_token(url)) == (shown, token)
+def test_urls_are_shown_without_credentials(url: str, shown: str) -> None:
+    assert without_token(url) == shown

@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-from shoal_common.bus.streams import BucketContent, lost_buckets
-
-BEFORE = BucketContent("2026", first_revision=5, last_revision=40, count=9)
+from shoal_common.bus.streams import BucketMark, lost_buckets
 
 
 @pytest.mark.parametrize(
-    ("now", "is_lost"),
+    ("before", "now", "is_lost"),
     [
-        (BEFORE, False),
-        (BucketContent("2026", 36, 70, 9), False),
-        (BucketContent("2026", 41, 40, 0), True),
-        (BucketContent("2026", 41, 60, 3), True),
-        (BucketContent("2027", 1, 3, 3), True),
+        (BucketMark("2026", 5), BucketMark("2026", 5), False),
+        (BucketMark("2026", 5), BucketMark("2026", 0), True),
+        (BucketMark("2026", 5), BucketMark("2026", 9), True),
+        (BucketMark("2026", 0), BucketMark("2026", 9), False),
+        (BucketMark("2026", 5), BucketMark("2027", 5), True),
+        (BucketMark("2026", 0), BucketMark("2027", 1), True),
     ],
 )
-def test_a_bucket_that_holds_nothing_from_before_has_lost_it(now: BucketContent, is_lost: bool) -> None:
-    assert lost_buckets({"state": BEFORE}, {"state": now}) == (["state"] if is_lost else [])
-
-
-def test_an_empty_bucket_has_nothing_to_lose() -> None:
-    assert not lost_buckets({"state": BucketContent("2026", 1, 0, 0)}, {"state": BucketContent("2026", 1, 4, 4)})
+def test_a_bucket_without_its_mark_has_lost_everything(before: BucketMark, now: BucketMark, is_lost: bool) -> None:
+    assert lost_buckets({"state": before}, {"state": now}) == (["state"] if is_lost else [])

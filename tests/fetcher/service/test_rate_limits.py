@@ -7,6 +7,7 @@ import json
 from collections.abc import Awaitable, Callable, Iterator
 
 import pytest
+from msgspec import to_builtins
 
 from shoal_common.bus.keys import storage_key
 from shoal_common.bus.kv_mirror import KvMirror
@@ -43,6 +44,12 @@ async def limit(here: Pulls, node: str, **settings: int | None) -> None:
 async def limit_from_start(site: Site, here: Pulls, **settings: int | None) -> None:
     """The same for node a, whose fetcher then starts with these: a running one hears of them some time later."""
     await limit(here, "a", **settings)
+
+    async def published() -> bool:
+        state = await here.buckets.state.get_as(storage_key("a"), StorageState)
+        return state is not None and settings.items() <= to_builtins(state).items()
+
+    await eventually(published, "the fetcher will read it as it starts")
     await site["a"].restart(here.here, "fetcher")
 
 
