@@ -41,11 +41,19 @@ class RunningGateway(msgspec.Struct, frozen=True):
 
 @contextmanager
 def running_gateway(
-    home: Path, nats: NatsServer, node: str = NODE, within: tuple[str, ...] = (), **environment: str
+    home: Path,
+    nats: NatsServer,
+    node: str = NODE,
+    within: tuple[str, ...] = (),
+    settings: str = "",
+    **environment: str,
 ) -> Iterator[RunningGateway]:
-    """Run a gateway on a free port while the body runs. `within` is a command that runs it by exec."""
-    home.mkdir()
-    (home / "node.toml").write_text(f'id = "{node}"\n{_LIMITS}')
+    """Run a gateway on a free port while the body runs.
+
+    `within` is a command that runs it by exec; `settings` are more lines of `[gateway]`.
+    """
+    home.mkdir(exist_ok=True)
+    (home / "node.toml").write_text(f'id = "{node}"\n{_LIMITS}{settings}\n')
     log = home / "gateway.log"
     with log.open("wb") as output:
         environment = {**node_environment(home, nats.url), "SHOAL_GATEWAY_PORT": "0", **environment}

@@ -11,15 +11,17 @@ from shoal_cli.cli_context import CliContext
 from shoal_cli.command_app import CommandHelp, new_app
 from shoal_cli.commands import completion
 from shoal_cli.commands.options import GatewayOption, HomeOption, JsonOption
-from shoal_common.errors import NotFound, Unavailable
-from shoal_common.host.credentials import derive
+from shoal_common.config import read_settings_file
+from shoal_common.errors import Denied, NotFound, Unavailable
+from shoal_common.identity.api_key import API_KEY_VARIABLE, ensure_api_key
 from shoal_common.messages.views import StatusView
 from shoal_common.names import check_node
 
 app = new_app()
 
 _JSON = """For a shell: eval "$(shoal hub)"; `hf download org/name` and everything else that uses huggingface_hub then
-downloads from the cluster. --json prints {"HF_ENDPOINT", "HF_TOKEN" when the cluster has a secret}."""
+downloads from the cluster. HF_TOKEN is the key of the node (`shoal key`); of another node than this home's it is
+SHOAL_API_KEY. --json prints {"HF_ENDPOINT", "HF_TOKEN"}."""
 
 
 @app.command(cls=CommandHelp, epilog=_JSON)
@@ -42,8 +44,12 @@ def hub(
     """Print settings for huggingface_hub to use the cluster."""
     cli = CliContext(ctx)
     status = cli.gateway.get("/v1/status", StatusView)
-    secret = cli.environ.get("SHOAL_SECRET") or cli.home.read_secret()
-    settings = hub_settings(status, check_node(node) if node else "", secret)
+    name = check_node(node) if node else status.node
+    is_own = name == read_settings_file(cli.home.root).get("id")
+    key = ensure_api_key(cli.home.root) if is_own else cli.environ.get(API_KEY_VARIABLE, "").strip()
+    if not key:
+        raise Denied(f"the key of node {name} is needed: `shoal key` prints it there; set {API_KEY_VARIABLE} to it")
+    settings = hub_settings(status, name, key)
     if cli.as_json:
         return cli.print_json(settings)
     for name, value in settings.items():
@@ -51,15 +57,13 @@ def hub(
     return 0
 
 
-def hub_settings(status: StatusView, node: str, secret: str) -> dict[str, str]:
+def hub_settings(status: StatusView, name: str, key: str) -> dict[str, str]:
     """Return environment variables for huggingface_hub. Raises NotFound for an unknown node, Unavailable for one
     whose fileserver is down."""
-    name = node or status.node
     view = next((n for n in status.nodes if n.node == name), None)
     if view is None:
         raise NotFound(f"no node named {name}: `shoal status` lists them")
     service = view.services.get("fileserver")
     if service is None or not service.addresses:
         raise Unavailable(f"the fileserver of node {name} is not running: see `shoal status`")
-    settings = {"HF_ENDPOINT": f"http://{service.addresses[0]}"}
-    return settings | ({"HF_TOKEN": derive(secret, "hub")} if secret else {})
+    return {"HF_ENDPOINT": f"http://{service.addresses[0]}", "HF_TOKEN": key}

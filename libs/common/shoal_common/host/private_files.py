@@ -6,9 +6,11 @@ creates before such a process runs, and for what an older version left readable 
 
 from __future__ import annotations
 
+import fcntl
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from shoal_common.errors import BadInput
@@ -26,6 +28,7 @@ _HOME_FILES = (
     "node.toml",
     "node.id",
     "secret",
+    "api.key",
     "chat_history",
     "device.json",
     "environment",
@@ -78,3 +81,14 @@ def deny_others(paths: Iterable[Path]) -> None:
 def open_private(path: Path, flags: int) -> int:
     """Open a file by os.open; a new one is its owner's alone, whatever the umask."""
     return os.open(path, flags | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
+
+
+@contextmanager
+def directory_locked(directory: Path) -> Iterator[None]:
+    """Hold the lock under which files of this directory are read and then replaced; waits for the current holder."""
+    fd = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)

@@ -18,6 +18,7 @@ from shoal_common.settings.declaration import (
 )
 
 EvictionPolicy = Literal["manual", "lru"]
+TlsMode = Literal["auto", "off"]
 
 
 class TransferSettings(Section, frozen=True, kw_only=True):
@@ -155,6 +156,20 @@ class InferenceSettings(Section, frozen=True, kw_only=True):
     memory_bytes_per_s: Annotated[
         Bandwidth | None, setting("memory bandwidth of this machine", example="400GB", unset="measured")
     ] = None
+
+
+class TlsSettings(Section, frozen=True, kw_only=True):
+    """Whether the gateway speaks TLS: read by the gateway, and by those who publish its URL."""
+
+    section: ClassVar[str] = "gateway"
+
+    tls: Annotated[
+        TlsMode,
+        setting(
+            "TLS beyond loopback, with the node's certificate; off: for a reverse proxy with one of its own",
+            has_variable=False,
+        ),
+    ] = "auto"
 
 
 class PortSettings(Section, frozen=True, kw_only=True):
