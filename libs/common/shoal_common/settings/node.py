@@ -113,6 +113,7 @@ class StorageSettings(PublishedSettings, frozen=True, kw_only=True):
             ),
             remove_flag=CliFlag("--remove-library", "stop serving this directory"),
             is_changeable=True,
+            is_local=True,
         ),
     ] = ()
     volumes: Annotated[
@@ -126,6 +127,7 @@ class StorageSettings(PublishedSettings, frozen=True, kw_only=True):
                 "--remove-volume", "stop using this directory; its files stay, its models are not served"
             ),
             is_changeable=True,
+            is_local=True,
         ),
     ] = ()
     ballast_bytes: Annotated[
