@@ -45,11 +45,7 @@ def hub(
     cli = CliContext(ctx)
     status = cli.gateway.get("/v1/status", StatusView)
     name = check_node(node) if node else status.node
-    is_own = name == read_settings_file(cli.home.root).get("id")
-    key = ensure_api_key(cli.home.root) if is_own else cli.environ.get(API_KEY_VARIABLE, "").strip()
-    if not key:
-        raise Denied(f"the key of node {name} is needed: `shoal key` prints it there; set {API_KEY_VARIABLE} to it")
-    settings = hub_settings(status, name, key)
+    settings = {"HF_ENDPOINT": hub_endpoint(status, name), "HF_TOKEN": _key_of(name, cli)}
     if cli.as_json:
         return cli.print_json(settings)
     for name, value in settings.items():
@@ -57,13 +53,21 @@ def hub(
     return 0
 
 
-def hub_settings(status: StatusView, name: str, key: str) -> dict[str, str]:
-    """Return environment variables for huggingface_hub. Raises NotFound for an unknown node, Unavailable for one
-    whose fileserver is down."""
+def hub_endpoint(status: StatusView, name: str) -> str:
+    """Return the URL of a node's fileserver. Raises NotFound, or Unavailable if it is down."""
     view = next((n for n in status.nodes if n.node == name), None)
     if view is None:
         raise NotFound(f"no node named {name}: `shoal status` lists them")
     service = view.services.get("fileserver")
     if service is None or not service.addresses:
         raise Unavailable(f"the fileserver of node {name} is not running: see `shoal status`")
-    return {"HF_ENDPOINT": f"http://{service.addresses[0]}", "HF_TOKEN": key}
+    return f"http://{service.addresses[0]}"
+
+
+def _key_of(name: str, cli: CliContext) -> str:
+    if name == read_settings_file(cli.home.root).get("id"):
+        return ensure_api_key(cli.home.root)
+    key = cli.environ.get(API_KEY_VARIABLE, "").strip()
+    if not key:
+        raise Denied(f"the key of node {name} is needed: `shoal key` prints it there; set {API_KEY_VARIABLE} to it")
+    return key
