@@ -150,6 +150,7 @@ async def test_a_browser_gets_a_page_logs_in_and_out(here: RunningGateway) -> No
         assert "basic" not in page.headers["www-authenticate"].lower()
         policy = page.headers["content-security-policy"]
         assert "default-src 'none'" in policy and "unsafe" not in policy
+        assert page.headers["referrer-policy"] == "same-origin", "else a browser's form has the origin null"
         for outside in ("src=", "@import", "url(", "http:", "https:", "<script", str(home_of(here))):
             assert outside not in page.text
         assert 'name="next" value="/v1/models"' in (await http.get("/v1/models", headers=browser)).text
