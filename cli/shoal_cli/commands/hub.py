@@ -12,7 +12,7 @@ from shoal_cli.command_app import CommandHelp, new_app
 from shoal_cli.commands import completion
 from shoal_cli.commands.options import GatewayOption, HomeOption, JsonOption
 from shoal_common.config import read_settings_file
-from shoal_common.errors import Denied, NotFound, Unavailable
+from shoal_common.errors import NotFound, Unavailable
 from shoal_common.identity.api_key import API_KEY_VARIABLE, ensure_api_key
 from shoal_common.messages.views import StatusView
 from shoal_common.names import check_node
@@ -21,7 +21,7 @@ app = new_app()
 
 _JSON = """For a shell: eval "$(shoal hub)"; `hf download org/name` and everything else that uses huggingface_hub then
 downloads from the cluster. HF_TOKEN is the key of the node (`shoal key`); of another node than this home's it is
-SHOAL_API_KEY. --json prints {"HF_ENDPOINT", "HF_TOKEN"}."""
+SHOAL_API_KEY. --json prints {"HF_ENDPOINT", "HF_TOKEN" if the key is known}."""
 
 
 @app.command(cls=CommandHelp, epilog=_JSON)
@@ -45,7 +45,15 @@ def hub(
     cli = CliContext(ctx)
     status = cli.gateway.get("/v1/status", StatusView)
     name = check_node(node) if node else status.node
-    settings = {"HF_ENDPOINT": hub_endpoint(status, name), "HF_TOKEN": _key_of(name, cli)}
+    settings, key = {"HF_ENDPOINT": hub_endpoint(status, name)}, _key_of(name, cli)
+    if key:
+        settings["HF_TOKEN"] = key
+    else:
+        cli.err.print(
+            f"HF_TOKEN is left out: node {name} may want its key, which `shoal key` prints there; give it in "
+            f"{API_KEY_VARIABLE}",
+            soft_wrap=True,
+        )
     if cli.as_json:
         return cli.print_json(settings)
     for name, value in settings.items():
@@ -67,7 +75,4 @@ def hub_endpoint(status: StatusView, name: str) -> str:
 def _key_of(name: str, cli: CliContext) -> str:
     if name == read_settings_file(cli.home.root).get("id"):
         return ensure_api_key(cli.home.root)
-    key = cli.environ.get(API_KEY_VARIABLE, "").strip()
-    if not key:
-        raise Denied(f"the key of node {name} is needed: `shoal key` prints it there; set {API_KEY_VARIABLE} to it")
-    return key
+    return cli.environ.get(API_KEY_VARIABLE, "").strip()

@@ -76,7 +76,7 @@ def test_I12_root_is_another_user_than_the_nodes(monkeypatch: pytest.MonkeyPatch
     if os.geteuid() != 0:
         pytest.skip("only root can connect as root")
     with accepted("127.0.0.1", "127.0.0.1") as connection:
-        monkeypatch.setattr(same_user.os, "geteuid", lambda: 1000)
+        monkeypatch.setattr(os, "geteuid", lambda: 1000)
         assert not is_same_user(connection)
 
 
@@ -85,7 +85,7 @@ def test_I12_a_user_whom_the_kernel_cannot_name_is_another(monkeypatch: pytest.M
         pytest.skip("only root can become another user")
     # A user that this user namespace lacks is shown as the overflow id, and so may this process be.
     with accepted("127.0.0.1", "127.0.0.1", same_user.overflow_uid()) as connection:
-        monkeypatch.setattr(same_user.os, "geteuid", same_user.overflow_uid)
+        monkeypatch.setattr(os, "geteuid", same_user.overflow_uid)
         assert not is_same_user(connection)
 
 

@@ -172,14 +172,15 @@ async def test_a_browser_gets_a_page_logs_in_and_out(here: RunningGateway) -> No
 async def test_I12_a_login_lets_no_other_page_change_anything(here: RunningGateway) -> None:
     async with client(here) as http:
         assert (await log_in(http, read_api_key(home_of(here)))).status_code == 303
-        verify = {"json": {"model": "org/x"}}
-        own = {**ELSEWHERE, "Origin": here.url}
-        assert (await http.post("/v1/storage/verify", headers=own, **verify)).status_code == 503  # no storage
+
+        async def change(**headers: str) -> httpx2.Response:
+            return await http.post("/v1/storage/verify", json={"model": "org/x"}, headers={**ELSEWHERE, **headers})
+
+        assert (await change(Origin=here.url)).status_code == 503  # no storage
         for origin in ("http://127.0.0.1:9", "https://evil.example", "null"):
-            foreign = await http.post("/v1/storage/verify", headers={**ELSEWHERE, "Origin": origin}, **verify)
-            assert error_of(foreign, 403)["code"] == "cross_origin"
+            assert error_of(await change(Origin=origin), 403)["code"] == "cross_origin"
             assert error_of(await log_in(http, "x", Origin=origin), 403)["code"] == "cross_origin"
-        error_of(await http.post("/v1/storage/verify", headers=ELSEWHERE, **verify), 401)
+        error_of(await change(), 401)
 
 
 @pytest.mark.parametrize("target", ["//evil.example/", "https://evil.example", "/\\evil.example", "/\r\nX: y", ""])

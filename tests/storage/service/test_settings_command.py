@@ -245,12 +245,12 @@ async def test_I12_directories_are_set_in_the_nodes_file_alone(
         path = with_file(node)
         async with node.storage(**FREE):
             before = path.read_text()
-            for asked in ({"libraries": [str(theirs)]}, {"volumes": [str(theirs)]}, {"libraries": []}):
-                outcome = await configure(node, {"headroom_bytes": 5, **asked})
-                assert outcome.error is not None and outcome.error.code == "refused", asked
+            for key, paths in (("libraries", [str(theirs)]), ("volumes", [str(theirs)]), ("libraries", [])):
+                outcome = await configure(node, {"headroom_bytes": 5, key: paths})
+                assert outcome.error is not None and outcome.error.code == "refused", key
                 assert "only its owner" in outcome.error.message
             state = await node.storage_state()
-            assert path.read_text() == before and state.libraries == state.volumes == []
+            assert path.read_text() == before and not state.libraries and not state.volumes
             applied = await node.set_directories(libraries=[theirs])
             assert applied.ok and applied.result["libraries"] == [str(theirs)]
             assert (await node.storage_state()).libraries[0].path == str(theirs)
