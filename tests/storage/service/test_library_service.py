@@ -230,7 +230,7 @@ async def test_library_settings_follow_the_environment_and_are_checked(
             assert "libraries" in state.overridden_by_env
             applied = await node.set_directories(libraries=[two])
             assert applied.ok and applied.result["libraries"] == [str(one), str(two)]
-            assert applied.result["overridden_by_env"] == ["libraries"]
+            assert "libraries" in applied.result["overridden_by_env"]
             await node.set_directories(libraries=[])
         async with listening(node):
             assert await node.model_state(THEIRS) is None
