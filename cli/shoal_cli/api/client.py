@@ -215,7 +215,9 @@ def resolve_gateway(explicit: str, home: Home, environ: Mapping[str, str]) -> Ga
         unreachable = f"no gateway answers at {url}: is `shoal up` running there?"
         headers = _authorization(environ.get(API_KEY_VARIABLE, "").strip())
         identity = own_identity(home) if url.startswith("https://") else None
-        return GatewayClient(url.rstrip("/"), headers, unreachable, client_context(identity) if identity else None)
+        return GatewayClient(
+            url.rstrip("/"), headers, unreachable, client_context(identity.authority) if identity else None
+        )
     # Under systemd or launchd nothing writes the file: the gateway then listens on its default port.
     port = read_settings(PortSettings, {}, environ).gateway_port
     url = read_or_empty(home.gateway_url) or f"http://{LOOPBACK}:{port}"
@@ -227,7 +229,7 @@ def resolve_gateway(explicit: str, home: Home, environ: Mapping[str, str]) -> Ga
         raise BadInput(
             f"{home.gateway_url} does not hold a gateway's URL: `shoal down` and `shoal up` write it again"
         )
-    return GatewayClient(url, headers, NO_NODE, client_context(identity), node_host(identity.node))
+    return GatewayClient(url, headers, NO_NODE, client_context(identity.authority), node_host(identity.node))
 
 
 def own_identity(home: Home) -> NodeIdentity | None:

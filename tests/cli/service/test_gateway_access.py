@@ -11,33 +11,25 @@ import pytest
 from shoal_cli.cli import run
 from shoal_common.errors import Denied
 from shoal_common.identity.api_key import read_api_key
-from shoal_common.identity.certificates import create_authority, issue
-from shoal_common.identity.node_identity import NodeIdentity
 from tests.gateway.running_gateway import NODE, RunningGateway, running_gateway
+from tests.harness.member import make_member, member_nats
 from tests.harness.nats import NatsServer
 from tests.harness.other_user import OTHER_UID
 
 Capture = pytest.CaptureFixture[str]
 
 
-def member(home: Path, *hosts: str) -> None:
-    """Make the node of this home the member of a new cluster."""
-    home.mkdir()
-    key, authority = create_authority("test")
-    identity = NodeIdentity(home, NODE)
-    identity.create()
-    certificate = issue(key, authority, identity.signing_request(), NODE, hosts)
-    identity.save({"ca.crt": authority.decode(), "node.crt": certificate})
-
-
 @pytest.fixture
-def with_tls(tmp_path: Path, own_nats: NatsServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunningGateway]:
+def with_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunningGateway]:
     """A gateway that speaks TLS; `localhost` is in its certificate, 127.0.0.1 is not."""
     home = tmp_path / "home"
-    member(home, "localhost")
+    identity = make_member(home, NODE, "localhost")
     monkeypatch.delenv("SHOAL_GATEWAY", raising=False)
     monkeypatch.setenv("SHOAL_HOME", str(home))
-    with running_gateway(home, own_nats, SHOAL_BIND="0.0.0.0") as gateway:
+    with (
+        member_nats(tmp_path / "nats", identity) as nats,
+        running_gateway(home, nats, SHOAL_BIND="0.0.0.0") as gateway,
+    ):
         (home / "run").mkdir(exist_ok=True)
         (home / "run" / "gateway.url").write_text(gateway.url.replace("http://", "https://") + "\n")
         yield gateway
@@ -57,7 +49,7 @@ def test_I12_a_gateway_with_another_certificate_gets_no_key(
     capsys.readouterr()
     assert run(["status", "--gateway", url]) == Denied.exit_code, "its certificate does not name this address"
     assert "nothing was sent" in capsys.readouterr().err
-    member(tmp_path / "stranger")
+    make_member(tmp_path / "stranger", NODE)
     (tmp_path / "stranger" / "node.toml").write_text(f'id = "{NODE}"\n')
     monkeypatch.setenv("SHOAL_HOME", str(tmp_path / "stranger"))
     assert run(["status", "--gateway", url.replace("127.0.0.1", "localhost")]) == Denied.exit_code

@@ -18,10 +18,10 @@ from shoal_common.http import tls_connection
 from shoal_common.http.bounded_protocol import HttpRules
 from shoal_common.http.bounds import HttpBounds, fit_to_files
 from shoal_common.http.server import http_config
-from shoal_common.identity.certificates import create_authority, issue, node_host
-from shoal_common.identity.node_identity import NodeIdentity
+from shoal_common.identity.certificates import node_host
 from shoal_common.identity.tls import client_context, server_context
 from tests.common.http_application import DEADLINE_S, respond
+from tests.harness.member import make_member
 
 BOUNDS = HttpBounds(max_connections=300, max_per_address=300, max_body_bytes=1 << 20, max_bodies_bytes=1 << 20)
 REQUEST = b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
@@ -52,29 +52,25 @@ class TlsServer:
 @asynccontextmanager
 async def serving(home: Path) -> AsyncIterator[TlsServer]:
     """Run a server of node a."""
-    key, authority = create_authority("test")
-    identity = NodeIdentity(home, "a")
-    identity.create()
-    certificate = issue(key, authority, identity.signing_request(), "a", [])
-    identity.save({"ca.crt": authority.decode(), "node.crt": certificate})
+    identity = make_member(home, "a")
     rules = HttpRules(BOUNDS, False, lambda e: respond(e.http_status, e.code.encode()))
     server = uvicorn.Server(http_config(respond(200, b"ok"), rules, tls=server_context(identity)))
     server.config.load()
     server.lifespan = server.config.lifespan_class(server.config)
     await server.startup([socket.create_server(("127.0.0.1", 0))])
     try:
-        yield TlsServer(server.servers[0].sockets[0].getsockname()[1], client_context(identity))
+        yield TlsServer(server.servers[0].sockets[0].getsockname()[1], client_context(identity.authority))
     finally:
         await server.shutdown()
 
 
 async def test_a_client_of_the_cluster_is_answered(tmp_path: Path) -> None:
-    async with serving(tmp_path) as server:
+    async with serving(tmp_path / "home") as server:
         assert (await server.ask()).endswith(b"ok")
 
 
 async def test_who_speaks_no_TLS_is_told_so(tmp_path: Path) -> None:
-    async with serving(tmp_path) as server:
+    async with serving(tmp_path / "home") as server:
         reader, writer = await server.plain()
         writer.write(REQUEST)
         async with asyncio.timeout(DEADLINE_S):
@@ -86,7 +82,7 @@ async def test_who_speaks_no_TLS_is_told_so(tmp_path: Path) -> None:
 async def test_I7_a_handshake_that_never_ends_is_cut_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with serving(tmp_path) as server:
+    async with serving(tmp_path / "home") as server:
         monkeypatch.setattr(tls_connection, "HANDSHAKE_TIMEOUT_S", 0.2)
         with caplog.at_level(logging.WARNING):
             for sent in (b"", b"\x16\x03\x01\x02\x00\x01", b"\x16" * 600):
@@ -100,7 +96,7 @@ async def test_I7_a_handshake_that_never_ends_is_cut_off(
 
 
 async def test_I7_open_handshakes_are_bounded_and_make_room(tmp_path: Path) -> None:
-    async with serving(tmp_path) as server:
+    async with serving(tmp_path / "home") as server:
         silent = [await server.plain() for _ in range(200)]
         assert (await server.ask()).endswith(b"ok")
         ended = [asyncio.ensure_future(reader.read()) for reader, _ in silent]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -11,15 +12,15 @@ import httpx2
 import pytest
 
 from shoal_common.identity.api_key import read_api_key, replace_api_key
-from shoal_common.identity.certificates import create_authority, issue, node_host
-from shoal_common.identity.node_identity import NodeIdentity
+from shoal_common.identity.certificates import node_host
 from shoal_common.identity.tls import client_context
 from shoal_gateway.access.rules import PUBLIC_PATHS
 from shoal_gateway.app import ROUTES
 from tests.gateway.fake_cluster import error_of
 from tests.gateway.running_gateway import NODE, RunningGateway, running_gateway
+from tests.harness.member import make_member, member_nats
 from tests.harness.nats import NatsServer
-from tests.harness.networks import machines, relayed, wire
+from tests.harness.networks import Machine, machines, relayed, wire
 from tests.harness.other_user import OTHER_UID, Request, statuses
 from tests.harness.waiting import eventually
 
@@ -30,6 +31,7 @@ ALL_ROUTES: list[Request] = [
     if route.path not in PUBLIC_PATHS
 ]
 PAGE = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
+WITHOUT_TLS = 'tls = "off"'
 ELSEWHERE = {"X-Forwarded-For": "192.0.2.1"}
 
 
@@ -83,24 +85,29 @@ def test_I12_what_a_proxy_forwards_needs_the_key(gateway: RunningGateway, header
     assert set(with_key.values()) == {200}
 
 
-def member(home: Path) -> NodeIdentity:
-    """Make the node of this home the member of a new cluster."""
-    home.mkdir()
-    key, authority = create_authority("test")
-    identity = NodeIdentity(home, NODE)
-    identity.create()
-    certificate = issue(key, authority, identity.signing_request(), NODE, ["127.0.0.1"])
-    identity.save({"ca.crt": authority.decode(), "node.crt": certificate})
-    return identity
+@contextmanager
+def member_gateway(directory: Path, settings: str = "", within: Machine | None = None) -> Iterator[RunningGateway]:
+    """Run the gateway of a member of a cluster beyond loopback, on this machine or on another one."""
+    identity = make_member(directory / "home", NODE, "127.0.0.1")
+    with ExitStack() as stack:
+        nats = stack.enter_context(member_nats(directory / "nats", identity))
+        if within is not None:
+            stack.enter_context(relayed(within, int(nats.url.rpartition(":")[2])))
+        yield stack.enter_context(
+            running_gateway(
+                directory / "home",
+                nats,
+                within=() if within is None else within.within,
+                settings=settings,
+                SHOAL_BIND="0.0.0.0",
+            )
+        )
 
 
-def test_I12_another_machine_needs_the_key_on_every_route(tmp_path: Path, own_nats: NatsServer) -> None:
-    member(tmp_path / "home")
-    with machines("a", "b") as (a, b), relayed(a, int(own_nats.url.rpartition(":")[2])):
+def test_I12_another_machine_needs_the_key_on_every_route(tmp_path: Path) -> None:
+    with machines("a", "b") as (a, b):
         wire("wire", a, ("10.213.78.1/24",), b, ("10.213.78.2/24",))
-        with running_gateway(
-            tmp_path / "home", own_nats, within=a.within, settings='tls = "off"', SHOAL_BIND="0.0.0.0"
-        ) as gateway:
+        with member_gateway(tmp_path, WITHOUT_TLS, a) as gateway:
             port = port_of(gateway)
             refused = statuses("10.213.78.1", port, [*ALL_ROUTES, ("GET", "/health")], within=b.within)
             assert refused.pop(("GET", "/health")) == 200
@@ -113,9 +120,8 @@ def test_I12_another_machine_needs_the_key_on_every_route(tmp_path: Path, own_na
             assert "no TLS beyond loopback" in gateway.log.read_text()
 
 
-async def test_I12_a_name_that_leads_to_loopback_is_not_the_owner(tmp_path: Path, own_nats: NatsServer) -> None:
-    member(tmp_path / "home")
-    with running_gateway(tmp_path / "home", own_nats, settings='tls = "off"', SHOAL_BIND="0.0.0.0") as gateway:
+async def test_I12_a_name_that_leads_to_loopback_is_not_the_owner(tmp_path: Path) -> None:
+    with member_gateway(tmp_path, WITHOUT_TLS) as gateway:
         async with client(gateway) as http:
             assert (await http.get("/v1/status")).status_code == 200
             # DNS rebinding: the browser of the owner, with a page of evil.example that has become 127.0.0.1.
@@ -216,17 +222,17 @@ async def test_a_new_key_ends_the_old_one_and_its_logins(here: RunningGateway) -
     assert new not in here.log.read_text()
 
 
-async def test_I12_beyond_loopback_the_gateway_speaks_TLS(tmp_path: Path, own_nats: NatsServer) -> None:
-    identity = member(tmp_path / "home")
-    with running_gateway(tmp_path / "home", own_nats, SHOAL_BIND="0.0.0.0") as gateway:
+async def test_I12_beyond_loopback_the_gateway_speaks_TLS(tmp_path: Path) -> None:
+    with member_gateway(tmp_path) as gateway:
         url = f"https://127.0.0.1:{port_of(gateway)}"
-        async with httpx2.AsyncClient(base_url=url, trust_env=False, verify=client_context(identity)) as http:
+        trusted = client_context((home_of(gateway) / "identity" / "ca.crt").read_bytes())
+        async with httpx2.AsyncClient(base_url=url, trust_env=False, verify=trusted) as http:
             assert (await http.get("/v1/status")).status_code == 200
             error_of(await http.get("/v1/status", headers=ELSEWHERE), 401)
             done = await log_in(http, read_api_key(home_of(gateway)))
             assert done.status_code == 303 and "Secure" in done.headers["set-cookie"].split("; ")
-        for name, is_right in ((node_host(NODE), True), (node_host("b"), False), ("nats.shoal", False)):
-            async with httpx2.AsyncClient(base_url=url, trust_env=False, verify=client_context(identity)) as http:
+        for name, is_right in ((node_host(NODE), True), (node_host("b"), False), ("127.0.0.2", False)):
+            async with httpx2.AsyncClient(base_url=url, trust_env=False, verify=trusted) as http:
                 asking = http.get("/health", extensions={"sni_hostname": name})
                 if is_right:
                     assert (await asking).status_code == 200
