@@ -40,13 +40,14 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.default_int_handler)
     try:
-        with running_hub(MODELS_DIR, process=True) as hub, _nodes(hub.base_url) as (gateways, nats):
-            summary = _show(hub.base_url, gateways, lambda: hub.stats().bytes)
+        with running_hub(MODELS_DIR, process=True) as hub, _nodes(hub.base_url) as (gateways, nats, key_file):
+            summary = _show(hub.base_url, gateways, key_file, lambda: hub.stats().bytes)
             if os.environ.get("DEMO_EXIT") == "1":
                 print(json.dumps(summary))
                 return 0
             print(f"\nStatus page: {gateways[0]}/    OpenAI API: {gateways[0]}/v1    Ctrl-C stops the demo.")
             print(f"For examples/: export SHOAL_GATEWAY={gateways[0]} SHOAL_NATS={nats}")
+            print(f"Other users of this machine, and everyone on macOS: export SHOAL_API_KEY=$(cat {key_file})")
             signal.pause()
     except KeyboardInterrupt:
         print("\nstopped; all nodes have ended and their files are deleted")
@@ -66,8 +67,8 @@ def _shoal(*arguments: str | Path, timeout_s: float) -> None:
 
 
 @contextmanager
-def _nodes(hub_url: str) -> Iterator[tuple[list[str], str]]:
-    """Run three nodes; yield the URLs of their gateways, and that of their NATS."""
+def _nodes(hub_url: str) -> Iterator[tuple[list[str], str, Path]]:
+    """Run three nodes; yield the URLs of their gateways and of their NATS, and the file with the first one's key."""
     root = Path(tempfile.mkdtemp(prefix="shoal-demo-"))
     homes = [root / node for node in NODES]
 
@@ -81,7 +82,7 @@ def _nodes(hub_url: str) -> Iterator[tuple[list[str], str]]:
         nats = _nats_url(homes[0])
         with ThreadPoolExecutor() as starting:
             list(starting.map(lambda home: up(home, "--nats", nats), homes[1:]))
-        yield [(home / "run" / "gateway.url").read_text().strip() for home in homes], nats
+        yield [(home / "run" / "gateway.url").read_text().strip() for home in homes], nats, homes[0] / "api.key"
     finally:
         # Stop the first node last: the others shut down over its NATS.
         for home in reversed(homes):
@@ -95,9 +96,9 @@ def _nats_url(home: Path) -> str:
     return str(json.loads(ports.read_text())["nats"][0])
 
 
-def _show(hub_url: str, gateways: list[str], hub_bytes: Any) -> dict[str, Any]:
-    started_s = time.monotonic()
-    with httpx2.Client(timeout=_HTTP_TIMEOUT_S) as client:
+def _show(hub_url: str, gateways: list[str], key_file: Path, hub_bytes: Any) -> dict[str, Any]:
+    started_s, key = time.monotonic(), key_file.read_text().strip()
+    with httpx2.Client(timeout=_HTTP_TIMEOUT_S, headers={"Authorization": f"Bearer {key}"}) as client:
 
         def call(method: str, path: str, body: dict[str, Any] | None = None) -> Any:
             return client.request(method, gateways[0] + path, json=body).raise_for_status().json()

@@ -1,7 +1,7 @@
 """Whether the other end of a loopback connection is a process of this process's user. Linux alone tells.
 
-The kernel is asked for the one socket at the other end (sock_diag(7)): 10 µs, however many sockets there are, where
-/proc/net/tcp is written out whole, 2 ms for a thousand. Whatever is in doubt is another user: another network
+The kernel is asked for the one socket at the other end (sock_diag(7)): 20 µs, however many sockets there are, where
+/proc/net/tcp is written out whole, 100 ms for 8,000. Whatever is in doubt is another user: another network
 namespace, a user whom this user namespace does not have, a connection that is not or no longer established.
 
 It is the user who made the socket. What forwards connections as this user (`ssh -L`, socat, a container's network
