@@ -162,7 +162,8 @@ async def test_a_browser_gets_a_page_logs_in_and_out(here: RunningGateway) -> No
         assert page.headers["referrer-policy"] == "same-origin", "else a browser's form has the origin null"
         for outside in ("src=", "@import", "url(", "http:", "https:", "<script", str(home_of(here))):
             assert outside not in page.text
-        assert 'name="next" value="/v1/models"' in (await http.get("/v1/models", headers=browser)).text
+        asked = await http.get('/v1/models?a=1&b="x', headers=browser)
+        assert 'name="next" value="/v1/models?a=1&amp;b=%22x"' in asked.text
         assert error_of(await http.get("/", headers=ELSEWHERE), 401)
 
         done = await log_in(http, f" {key}\n", "/v1/models")

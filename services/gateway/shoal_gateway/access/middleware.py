@@ -35,7 +35,8 @@ class AccessMiddleware:
             found = access(scope["method"], scope["path"], headers, caller, key.is_key)
             if isinstance(found, ShoalError):
                 if isinstance(found, Denied) and found.http_status == 401 and wants_page(scope["method"], headers):
-                    target = own_path(scope["raw_path"].decode("latin-1"))
+                    query = b"?" + scope["query_string"] if scope["query_string"] else b""
+                    target = own_path((scope["raw_path"] + query).decode("latin-1"))
                     await login_page(401, target)(scope, receive, send)
                 else:
                     await respond_to(found)(scope, receive, send)
