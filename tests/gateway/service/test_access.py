@@ -247,3 +247,13 @@ async def test_I12_beyond_loopback_the_gateway_speaks_TLS(tmp_path: Path) -> Non
             plain = await http.get("/v1/status")
             assert plain.status_code == 400 and "https://" in plain.text
         assert "no TLS" not in gateway.log.read_text()
+
+
+def test_a_gateway_with_a_damaged_key_does_not_start(tmp_path: Path, own_nats: NatsServer) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "api.key").write_text("")
+    with (
+        pytest.raises(AssertionError, match=r"api\.key does not hold a key.*shoal key --new"),
+        running_gateway(tmp_path / "home", own_nats),
+    ):
+        pass
