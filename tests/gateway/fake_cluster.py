@@ -15,7 +15,6 @@ from shoal_common.bus import subjects
 from shoal_common.bus.events import EventEmitter
 from shoal_common.bus.keys import download_key, instance_key, model_key, stage_key
 from shoal_common.errors import ShoalError
-from shoal_common.identity.api_key import read_api_key
 from shoal_common.liveness.liveness import Liveness
 from shoal_common.messages import encode
 from shoal_common.messages.downloads import DownloadState
@@ -91,10 +90,8 @@ class Cluster:
     def __init__(self, gateway: RunningGateway, joined: Joined, tasks: asyncio.TaskGroup) -> None:
         self.gateway, self.joined, self.tasks = gateway, joined, tasks
         self.stopping = asyncio.Event()
-        # Not every system says whose a connection is.
-        headers = {"Authorization": f"Bearer {read_api_key(gateway.log.parent)}"}
         self.http = httpx2.AsyncClient(
-            base_url=gateway.url, timeout=HTTP_DEADLINE_S, trust_env=False, headers=headers
+            base_url=gateway.url, timeout=HTTP_DEADLINE_S, trust_env=False, headers=gateway.key
         )
         self._background: list[asyncio.Task[None]] = []
         self._liveness: list[Liveness] = []

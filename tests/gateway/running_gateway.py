@@ -11,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 
+from shoal_common.identity.api_key import read_api_key
 from tests.harness.forked import ForkedService
 from tests.harness.nats import NatsServer
 from tests.harness.process import node_environment, start_service
@@ -37,6 +38,11 @@ class RunningGateway(msgspec.Struct, frozen=True):
     nats: NatsServer
     log: Path
     process: subprocess.Popen[bytes] | ForkedService
+
+    @property
+    def key(self) -> dict[str, str]:
+        """The header with its key: not every system says whose a connection is."""
+        return {"Authorization": f"Bearer {read_api_key(self.log.parent)}"}
 
 
 @contextmanager

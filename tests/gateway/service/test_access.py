@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import sys
 from collections.abc import Iterator
@@ -48,10 +49,6 @@ def home_of(gateway: RunningGateway) -> Path:
     return gateway.log.parent
 
 
-def bearer(gateway: RunningGateway) -> dict[str, str]:
-    return {"Authorization": f"Bearer {read_api_key(home_of(gateway))}"}
-
-
 def client(gateway: RunningGateway) -> httpx2.AsyncClient:
     return httpx2.AsyncClient(base_url=gateway.url, trust_env=False)
 
@@ -66,7 +63,7 @@ def test_I12_another_user_of_the_machine_needs_the_key(gateway: RunningGateway) 
     assert set(refused.values()) == {401}, refused
     public = [("GET", "/health"), ("GET", "/login")]
     assert set(statuses("127.0.0.1", port_of(gateway), public, uid=OTHER_UID).values()) == {200}
-    with_key = statuses("127.0.0.1", port_of(gateway), [("GET", "/v1/status")], bearer(gateway), uid=OTHER_UID)
+    with_key = statuses("127.0.0.1", port_of(gateway), [("GET", "/v1/status")], gateway.key, uid=OTHER_UID)
     assert set(with_key.values()) == {200}
 
 
@@ -84,7 +81,7 @@ def test_the_owner_of_the_node_needs_no_key(gateway: RunningGateway) -> None:
 )
 def test_I12_what_a_proxy_forwards_needs_the_key(gateway: RunningGateway, headers: dict[str, str]) -> None:
     assert set(statuses("127.0.0.1", port_of(gateway), ALL_ROUTES, headers).values()) == {401}
-    with_key = statuses("127.0.0.1", port_of(gateway), [("GET", "/v1/status")], {**headers, **bearer(gateway)})
+    with_key = statuses("127.0.0.1", port_of(gateway), [("GET", "/v1/status")], {**headers, **gateway.key})
     assert set(with_key.values()) == {200}
 
 
@@ -116,7 +113,7 @@ def test_I12_another_machine_needs_the_key_on_every_route(tmp_path: Path) -> Non
             assert refused.pop(("GET", "/health")) == 200
             assert set(refused.values()) == {401}, refused
             status = [("GET", "/v1/status")]
-            assert set(statuses("10.213.78.1", port, status, bearer(gateway), within=b.within).values()) == {200}
+            assert set(statuses("10.213.78.1", port, status, gateway.key, within=b.within).values()) == {200}
             # Over the network a process of this user is a stranger too: its address is not loopback's.
             assert set(statuses("10.213.78.1", port, status, within=a.within).values()) == {401}
             assert set(statuses("127.0.0.1", port, status, within=a.within).values()) == {200}
@@ -193,6 +190,14 @@ async def test_I12_a_login_lets_no_other_page_change_anything(here: RunningGatew
         error_of(await change(), 401)
 
 
+async def test_I7_a_long_form_is_refused_before_it_has_arrived(here: RunningGateway) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port_of(here))
+    writer.write(b"POST /login HTTP/1.1\r\nHost: localhost\r\nContent-Length: 8000000\r\n\r\n" + b"k" * 20_000)
+    async with asyncio.timeout(30):
+        assert b" 413 " in await reader.readline()
+    writer.close()
+
+
 @pytest.mark.parametrize("target", ["//evil.example/", "https://evil.example", "/\\evil.example", "/\r\nX: y", ""])
 async def test_a_login_leads_nowhere_else(here: RunningGateway, target: str) -> None:
     async with client(here) as http:
@@ -206,12 +211,12 @@ async def test_I12_wrong_keys_are_limited_and_logged_once(here: RunningGateway) 
         assert answers == [401] * 10 + [429] * 20
         refused = await log_in(http, read_api_key(home_of(here)))
         assert refused.status_code == 429 and 1 <= int(refused.headers["retry-after"]) <= 60
-        assert (await http.get("/v1/status", headers=ELSEWHERE | bearer(here))).status_code == 200
+        assert (await http.get("/v1/status", headers=ELSEWHERE | here.key)).status_code == 200
     assert here.log.read_text().count("too many logins") == 1
 
 
 async def test_a_new_key_ends_the_old_one_and_its_logins(here: RunningGateway) -> None:
-    old = bearer(here)
+    old = here.key
     async with client(here) as http:
         assert (await log_in(http, read_api_key(home_of(here)))).status_code == 303
         new = replace_api_key(home_of(here))

@@ -93,7 +93,7 @@ async def test_own_page_may_use_the_api(gateway: RunningGateway) -> None:
 
 async def test_health_is_503_while_nats_is_down_and_ok_when_it_is_back(tmp_path: Path, own_nats: NatsServer) -> None:
     with running_gateway(tmp_path / "home", own_nats) as gateway:
-        async with httpx2.AsyncClient(base_url=gateway.url, trust_env=False) as http:
+        async with httpx2.AsyncClient(base_url=gateway.url, trust_env=False, headers=gateway.key) as http:
 
             async def status_is(code: int) -> bool:
                 return (await http.get("/health")).status_code == code

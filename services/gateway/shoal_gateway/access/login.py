@@ -83,13 +83,20 @@ async def show_login(request: Request) -> Response:
 
 async def log_in(request: Request) -> Response:
     """`POST /login`: check the key that was typed; on success set the cookie and go to the page asked for."""
-    login, body = cast(Login, request.app.state.login), await request.body()
-    if len(body) > _MAX_FORM_BYTES:
-        raise TooLarge("this is no login: the form is too long", limit_bytes=_MAX_FORM_BYTES)
-    form = dict(parse_qsl(body.decode("latin-1")))
+    login, form = cast(Login, request.app.state.login), dict(parse_qsl(await _read_form(request)))
     target = own_path(form.get("next", "/"))
     result = login.try_key(form.get("key", "").strip(), request.client.host if request.client else "", target)
     return result if isinstance(result, Response) else _go_to(request, target, result)
+
+
+async def _read_form(request: Request) -> str:
+    """Return a short body. Raises TooLarge as soon as it is longer: strangers send it, and hold no memory with it."""
+    body = bytearray()
+    async for piece in request.stream():
+        body += piece
+        if len(body) > _MAX_FORM_BYTES:
+            raise TooLarge("this is no login: the form is too long", limit_bytes=_MAX_FORM_BYTES)
+    return body.decode("latin-1")
 
 
 async def log_out(request: Request) -> Response:
