@@ -3,6 +3,6 @@
 set -eu
 model=${1:-shoal/tiny-fish}   # one that `shoal ls` lists; this is the demo's
 
-settings=$(shoal hub)         # export HF_ENDPOINT=…, and HF_TOKEN=… if the cluster has a secret
+settings=$(shoal hub)         # export HF_ENDPOINT=…, and HF_TOKEN=… with the node's key
 eval "$settings"
 hf download "$model"

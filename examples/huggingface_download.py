@@ -1,6 +1,6 @@
 """Download a model from the cluster with huggingface_hub (`pip install huggingface_hub`).
 
-`eval "$(shoal hub)"` first: it sets HF_ENDPOINT, and HF_TOKEN if the cluster has a secret.
+`eval "$(shoal hub)"` first: it sets HF_ENDPOINT, and HF_TOKEN to the node's key.
 """
 
 import os

@@ -5,10 +5,10 @@ import os
 from openai import OpenAI
 
 GATEWAY = os.environ.get("SHOAL_GATEWAY", "http://127.0.0.1:8080")
-SECRET = os.environ.get("SHOAL_SECRET", "on loopback none is needed")
+KEY = os.environ.get("SHOAL_API_KEY", "your own node on this machine needs none")
 MODEL = "shoal/tiny-fish"  # one that `shoal ps` lists; this is the demo's
 
-client = OpenAI(base_url=f"{GATEWAY}/v1", api_key=SECRET)
+client = OpenAI(base_url=f"{GATEWAY}/v1", api_key=KEY)
 answer = client.chat.completions.create(
     model=MODEL,
     messages=[{"role": "user", "content": "Why do fish swim together?"}],

@@ -27,7 +27,7 @@ _COMPLETE_VARIABLE = "_SHOAL_COMPLETE"
 """Set by the shell's completion script; Typer then answers instead of running a command."""
 
 SECTIONS: dict[str, tuple[str, ...]] = {
-    "This machine": ("up", "down", "restart", "logs", "doctor"),
+    "This machine": ("up", "down", "restart", "logs", "doctor", "key"),
     "Models": ("pull", "pause", "resume", "cancel", "ls", "models", "rm", "hub"),
     "Running models": ("run", "place", "ps", "stop", "rebalance"),
     "Disks and transfers": ("storage", "transfer", "gc", "verify", "repair"),
@@ -50,7 +50,7 @@ EXAMPLES = """Examples:
 
 Environment:
   SHOAL_HOME      the node's directory (~/.shoal)     SHOAL_NATS    NATS servers to join, comma-separated
-  SHOAL_GATEWAY   URL of another node's gateway
+  SHOAL_GATEWAY   URL of another node's gateway       SHOAL_API_KEY the key of that node (`shoal key` there)
   SHOAL_DEBUG=1   show tracebacks
 
 Exit codes:

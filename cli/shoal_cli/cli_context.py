@@ -64,6 +64,11 @@ class CliContext:
 
         return resolve_gateway(self._gateway, self.home, self.environ)
 
+    @property
+    def is_gateway_given(self) -> bool:
+        """Whether somebody named the gateway; else it is that of this home's node."""
+        return bool(self._gateway or self.environ.get("SHOAL_GATEWAY"))
+
     def print(self, text: str) -> None:
         """Print one line for a person on stdout."""
         print(text)

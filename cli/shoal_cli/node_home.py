@@ -5,7 +5,9 @@ Directories have mode 0700 and files 0600: another user of the machine reads non
 <home>/
   node.toml                  the node's id and the settings
   node.id                    the id again: a node that loses node.toml is not taken for another one
-  secret                     the cluster's secret
+  identity/                  the node's keys and certificates
+  operator/                  the cluster's, on the node that started it
+  api.key                    the key of its gateway
   chat_history               lines typed into `shoal run`
   nats/                      JetStream's store, on the node that runs NATS
   store/                     the models
@@ -22,14 +24,12 @@ from __future__ import annotations
 
 import fcntl
 import os
-import secrets
 import time
 from pathlib import Path
 
-from shoal_common.errors import AlreadyRunning, BadInput
+from shoal_common.errors import AlreadyRunning
 from shoal_common.host.file_kinds import read_text_file
 from shoal_common.host.private_files import make_home, make_private_directory
-from shoal_common.redaction import remember_secret
 
 
 class Home:
@@ -40,7 +40,6 @@ class Home:
         self.run = root / "run"
         self.logs = root / "log"
         self.nats_store = root / "nats"
-        self.secret = root / "secret"
         self.chat_history = root / "chat_history"
         self.lock = self.run / "lock"
         self.pid = self.run / "supervisor.pid"
@@ -69,37 +68,10 @@ class Home:
         for file in (self.pid, self.children, self.gateway_url, self.control_path):
             file.unlink(missing_ok=True)
 
-    def read_secret(self) -> str:
-        """Return the cluster's secret, or "" without one. Raises BadInput for an emptied file."""
-        secret = read_or_empty(self.secret)
-        if not secret and self.secret.exists():
-            raise BadInput(
-                f"{self.secret} is empty, and held the cluster's secret: copy it from another node's home, or remove "
-                "the file if this node has no cluster"
-            )
-        remember_secret(secret)
-        return secret
-
     def read_pid(self) -> int:
         """Return the pid in `supervisor.pid`; 0 without one. It may be of a run that has ended."""
         text = read_or_empty(self.pid)
         return int(text) if text.isdecimal() else 0
-
-    def write_secret(self, secret: str) -> str:
-        """Write the cluster's secret so that only this user can read it (I12). Returns it."""
-        remember_secret(secret)
-        new = self.secret.with_suffix(".new")
-        new.unlink(missing_ok=True)
-        with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as f:
-            f.write(f"{secret}\n")
-            f.flush()
-            os.fsync(f.fileno())
-        new.replace(self.secret)
-        return secret
-
-    def ensure_secret(self) -> str:
-        """Return the cluster's secret, created at the first call."""
-        return self.read_secret() or self.write_secret(secrets.token_hex(24))
 
 
 def read_or_empty(path: Path) -> str:

@@ -42,12 +42,15 @@ def main() -> int:
         signal.signal(number, signal.default_int_handler)
     try:
         with running_hub(MODELS_DIR, process=True) as hub, _nodes(hub.base_url) as (gateways, home):
-            summary = _show(hub.base_url, gateways, lambda: hub.stats().bytes)
+            summary = _show(hub.base_url, gateways, home / "api.key", lambda: hub.stats().bytes)
             if os.environ.get("DEMO_EXIT") == "1":
                 print(json.dumps(summary))
                 return 0
             print(f"\nStatus page: {gateways[0]}/    OpenAI API: {gateways[0]}/v1    Ctrl-C stops the demo.")
             print(f"For examples/: export SHOAL_GATEWAY={gateways[0]} SHOAL_HOME={home}")
+            print(
+                f"Other users of this machine, and everyone on macOS: export SHOAL_API_KEY=$(cat {home / 'api.key'})"
+            )
             signal.pause()
     except KeyboardInterrupt:
         print("\nstopped; all nodes have ended and their files are deleted")
@@ -99,9 +102,9 @@ def _nodes(hub_url: str) -> Iterator[tuple[list[str], Path]]:
         shutil.rmtree(root, ignore_errors=True)
 
 
-def _show(hub_url: str, gateways: list[str], hub_bytes: Any) -> dict[str, Any]:
-    started_s = time.monotonic()
-    with httpx2.Client(timeout=_HTTP_TIMEOUT_S) as client:
+def _show(hub_url: str, gateways: list[str], key_file: Path, hub_bytes: Any) -> dict[str, Any]:
+    started_s, key = time.monotonic(), key_file.read_text().strip()
+    with httpx2.Client(timeout=_HTTP_TIMEOUT_S, headers={"Authorization": f"Bearer {key}"}) as client:
 
         def call(method: str, path: str, body: dict[str, Any] | None = None) -> Any:
             return client.request(method, gateways[0] + path, json=body).raise_for_status().json()

@@ -3,4 +3,4 @@
 set -eu
 gateway=${SHOAL_GATEWAY:-http://127.0.0.1:8080}
 
-curl -fsS -N "$gateway/events?since=1h&follow=false" -H "Authorization: Bearer ${SHOAL_SECRET:-}"
+curl -fsS -N "$gateway/events?since=1h&follow=false" -H "Authorization: Bearer ${SHOAL_API_KEY:-}"

@@ -4,5 +4,5 @@ set -eu
 gateway=${SHOAL_GATEWAY:-http://127.0.0.1:8080}
 model=${1:-shoal/tiny-fish}
 
-curl -fsS "$gateway/v1/downloads" -H "Authorization: Bearer ${SHOAL_SECRET:-}" \
+curl -fsS "$gateway/v1/downloads" -H "Authorization: Bearer ${SHOAL_API_KEY:-}" \
   -d "{\"model\": \"$model\", \"nodes\": \"all\", \"wait\": true}"

@@ -200,6 +200,7 @@ def cluster(serve: Callable[[ASGIApp], str], monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setenv("SHOAL_GATEWAY", serve(made.app))
     monkeypatch.delenv("SHOAL_DEBUG", raising=False)
     monkeypatch.delenv("SHOAL_SECRET", raising=False)
+    monkeypatch.delenv("SHOAL_API_KEY", raising=False)
     monkeypatch.setenv("COLUMNS", "160")
     return made
 

@@ -116,9 +116,9 @@ def work(cluster: ShoalCluster) -> list[str]:
     shoal("a", "doctor", "--json")
     shoal("b", "node", "revoke", "a")
     cluster["b"].wait_reborn("fetcher", cluster["b"].kill("fetcher"))
-    for node in cluster.nodes:
+    for each in cluster.nodes:
         for path in ("/v1/status", "/v1/models", "/v1/downloads", "/v1/instances", "/metrics", "/v1/nothing"):
-            said.append(node.client.get(node.url + path).text)
+            said.append(each.client.get(each.url + path).text)
     return said
 
 

@@ -13,6 +13,7 @@ import msgspec
 
 from shoal_common.bus import subjects
 from shoal_common.messages import encode
+from tests.gateway.running_gateway import RunningGateway
 from tests.harness.nats import Joined
 from tests.harness.waiting import eventually
 
@@ -76,12 +77,16 @@ class EventStreamClient:
 
 
 @asynccontextmanager
-async def event_stream(url: str, last_event_id: int | None = None, **query: str) -> AsyncIterator[EventStreamClient]:
+async def event_stream(
+    gateway: RunningGateway, last_event_id: int | None = None, **query: str
+) -> AsyncIterator[EventStreamClient]:
     """Follow events while the body runs. A stream that breaks counts as ended."""
     listener = EventStreamClient()
     headers = {} if last_event_id is None else {"Last-Event-ID": str(last_event_id)}
     async with (
-        httpx2.AsyncClient(base_url=url, timeout=READ_DEADLINE_S, trust_env=False) as http,
+        httpx2.AsyncClient(
+            base_url=gateway.url, timeout=READ_DEADLINE_S, trust_env=False, headers=gateway.key
+        ) as http,
         http.stream("GET", "/events", params=query, headers=headers) as response,
     ):
         assert response.status_code == 200, await response.aread()

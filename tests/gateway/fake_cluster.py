@@ -90,7 +90,9 @@ class Cluster:
     def __init__(self, gateway: RunningGateway, joined: Joined, tasks: asyncio.TaskGroup) -> None:
         self.gateway, self.joined, self.tasks = gateway, joined, tasks
         self.stopping = asyncio.Event()
-        self.http = httpx2.AsyncClient(base_url=gateway.url, timeout=HTTP_DEADLINE_S, trust_env=False)
+        self.http = httpx2.AsyncClient(
+            base_url=gateway.url, timeout=HTTP_DEADLINE_S, trust_env=False, headers=gateway.key
+        )
         self._background: list[asyncio.Task[None]] = []
         self._liveness: list[Liveness] = []
         self._written: list[tuple[str, str]] = []

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 
+from shoal_common.identity.api_key import read_api_key
 from tests.harness.forked import ForkedService
 from tests.harness.nats import NatsServer
 from tests.harness.process import node_environment, start_service
@@ -38,14 +39,27 @@ class RunningGateway(msgspec.Struct, frozen=True):
     log: Path
     process: subprocess.Popen[bytes] | ForkedService
 
+    @property
+    def key(self) -> dict[str, str]:
+        """The header with its key: not every system says whose a connection is."""
+        return {"Authorization": f"Bearer {read_api_key(self.log.parent)}"}
+
 
 @contextmanager
 def running_gateway(
-    home: Path, nats: NatsServer, node: str = NODE, within: tuple[str, ...] = (), **environment: str
+    home: Path,
+    nats: NatsServer,
+    node: str = NODE,
+    within: tuple[str, ...] = (),
+    settings: str = "",
+    **environment: str,
 ) -> Iterator[RunningGateway]:
-    """Run a gateway on a free port while the body runs. `within` is a command that runs it by exec."""
-    home.mkdir()
-    (home / "node.toml").write_text(f'id = "{node}"\n{_LIMITS}')
+    """Run a gateway on a free port while the body runs.
+
+    `within` is a command that runs it by exec; `settings` are more lines of `[gateway]`.
+    """
+    home.mkdir(exist_ok=True)
+    (home / "node.toml").write_text(f'id = "{node}"\n{_LIMITS}{settings}\n')
     log = home / "gateway.log"
     with log.open("wb") as output:
         environment = {**node_environment(home, nats.url), "SHOAL_GATEWAY_PORT": "0", **environment}

@@ -43,15 +43,23 @@ class _Ports(msgspec.Struct):
 class NatsServer:
     """A nats-server with JetStream that syncs every acknowledged write to disk. Starts on entering the context.
 
-    `within` is a command that runs it by exec, such as `ip netns exec`; it needs a given port.
+    `within` is a command that runs it by exec, such as `ip netns exec`; it needs a given port. `settings` are more
+    lines of its configuration.
     """
 
-    def __init__(self, directory: Path, host: str = "127.0.0.1", port: int = 0, within: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        within: tuple[str, ...] = (),
+        settings: str = "",
+    ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
         self.url = ""
         self._reserved = None if port else ReservedPort(host)
-        self._host, self._within = host, within
+        self._host, self._within, self._settings = host, within, settings
         self._port = self._reserved.number if self._reserved else port
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -72,7 +80,8 @@ class NatsServer:
         """Start it, every time on the same port. Blocks until it listens (~50 ms)."""
         assert self._process is None, "the server is running already"
         settings = self.directory / "nats-server.conf"
-        settings.write_text(_SETTINGS.format(host=self._host, port=self._port, directory=self.directory))
+        text = _SETTINGS.format(host=self._host, port=self._port, directory=self.directory)
+        settings.write_text(text + self._settings)
         with (self.directory / "nats-server.log").open("ab") as output:
             self._process = subprocess.Popen(
                 [*self._within, str(Path(sys.executable).with_name("nats-server")), "-c", str(settings)],

@@ -22,6 +22,7 @@ from shoal_cli.node.children.restart_policy import ChildStatus
 from shoal_cli.node.down import supervisor_status
 from shoal_cli.node_home import Home
 from shoal_common.bus.connection import Nats, NatsLogin, connected
+from shoal_common.identity.api_key import read_api_key
 from shoal_common.identity.tls import client_context
 from tests.harness.process import is_paused
 
@@ -85,6 +86,8 @@ class ShoalNode:
         self.shoal(
             "up", "--detach", "--node", self.node, "--port", "0", *arguments, check=True, timeout_s=UP_DEADLINE_S
         )
+        if key := read_api_key(self.home):  # not every system says whose a connection is
+            self.client.headers["Authorization"] = f"Bearer {key}"
 
     def down(self) -> None:
         """Stop it; nothing of it remains running."""

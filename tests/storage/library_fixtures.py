@@ -14,7 +14,7 @@ import pytest
 from nats.js.errors import NotFoundError
 
 from shoal_common.bus.keys import model_key
-from shoal_common.messages.storage import Configure, LibraryState, ModelState
+from shoal_common.messages.storage import LibraryState, ModelState
 from shoal_common.names import ModelId
 from tests.fileserver.running_fileserver import Fileserver
 from tests.harness.nats import NatsServer
@@ -145,8 +145,8 @@ async def wait_library_state(node: Node, wanted: Callable[[LibraryState], bool],
 
 
 async def set_libraries(node: Node, *libraries: Path) -> None:
-    """Send `configure`, which also has the libraries scanned again."""
-    outcome = await node.command("configure", Configure(libraries=[str(r) for r in libraries]))
+    """Set the libraries, which also has them scanned again."""
+    outcome = await node.set_directories(libraries=libraries)
     assert outcome.ok, outcome.error
     assert outcome.result["libraries"] == [str(r) for r in libraries]
 

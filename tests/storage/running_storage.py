@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +25,7 @@ from shoal_common.messages.storage import (
     PlanEviction,
     RecordUse,
     Release,
+    Reload,
     Reserve,
     ReserveResult,
     SealModel,
@@ -33,6 +34,7 @@ from shoal_common.messages.storage import (
 )
 from shoal_common.names import ModelId
 from shoal_common.rpc.request_reply import RpcClient, RpcEndpoint, serve
+from shoal_common.settings_file import change_settings
 from shoal_common.store.store_paths import StorePaths
 from tests.harness.nats import Joined, NatsServer, joined
 from tests.harness.process import Process, node_environment, started
@@ -124,6 +126,20 @@ class Node:
         subject = subjects.command("storage", self.node, verb)
         reply = await self.here.client.request(subject, encode(command), timeout=DELETE_DEADLINE_S)
         return decode(reply.data, Outcome)
+
+    async def set_directories(self, **lists: Sequence[Path | str]) -> Outcome:
+        """Set `libraries` or `volumes` as the node's owner does: in node.toml, which storage then reads again.
+
+        A file that storage refuses is put back.
+        """
+        path = self.home / "node.toml"
+        before = path.read_text()
+        changes = {key: [str(directory) for directory in paths] or None for key, paths in lists.items()}
+        change_settings(self.home, {"storage": changes}, lambda _: None)
+        outcome = await self.command("reload", Reload())
+        if not outcome.ok:
+            path.write_text(before)
+        return outcome
 
     async def plan(self, need_bytes: int) -> EvictionPlan:
         """storage.plan"""

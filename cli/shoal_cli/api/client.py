@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import ssl
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -12,9 +13,14 @@ import msgspec
 
 from shoal_cli.node.node_plan import GATEWAY_PORT, LOOPBACK
 from shoal_cli.node_home import Home, read_or_empty
-from shoal_common.errors import BadInput, ErrorBody, Expired, InternalError, Unavailable, from_body
-from shoal_common.host.credentials import bearer
+from shoal_common.config import read_settings_file
+from shoal_common.errors import BadInput, Denied, ErrorBody, Expired, InternalError, Unavailable, from_body
+from shoal_common.identity.api_key import API_KEY_VARIABLE, read_api_key
+from shoal_common.identity.certificates import node_host
+from shoal_common.identity.node_identity import NodeIdentity, load_identity
+from shoal_common.identity.tls import client_context
 from shoal_common.messages import WireStruct
+from shoal_common.names import check_node
 from shoal_common.settings.node import PortSettings
 from shoal_common.settings.values import read_settings
 
@@ -39,13 +45,23 @@ class ErrorResponse(WireStruct):
 class GatewayClient:
     """A client of one gateway."""
 
-    def __init__(self, url: str, headers: Mapping[str, str], unreachable: str) -> None:
+    def __init__(
+        self,
+        url: str,
+        headers: Mapping[str, str],
+        unreachable: str,
+        tls: ssl.SSLContext | None = None,
+        server_name: str = "",
+    ) -> None:
+        """`tls` trusts certain authorities, else the system's; `server_name` is in the certificate, else the host."""
         self.url = url
+        self._extensions = {"sni_hostname": server_name} if server_name else {}
         self._unreachable = unreachable
         self._http = httpx2.Client(
             base_url=url,
             headers=dict(headers),
             timeout=httpx2.Timeout(ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
+            verify=True if tls is None else tls,
             # A proxy meant for the internet must not be asked for 127.0.0.1.
             trust_env=False,
         )
@@ -77,7 +93,9 @@ class GatewayClient:
     ) -> T:
         timeout = httpx2.Timeout(timeout_s, connect=min(timeout_s, CONNECT_TIMEOUT_S))
         with self._mapped_errors():
-            response = self._http.request(method, path, params=dict(query or {}), json=body, timeout=timeout)
+            response = self._http.request(
+                method, path, params=dict(query or {}), json=body, timeout=timeout, extensions=self._extensions
+            )
         check(response.status_code, response.content, self.url)
         try:
             return msgspec.json.decode(response.content or b"{}", type=kind)
@@ -116,7 +134,13 @@ class GatewayClient:
         with (
             self._mapped_errors(),
             self._http.stream(
-                method, path, json=body, params=dict(query or {}), headers=dict(headers or {}), timeout=timeout
+                method,
+                path,
+                json=body,
+                params=dict(query or {}),
+                headers=dict(headers or {}),
+                timeout=timeout,
+                extensions=self._extensions,
             ) as response,
         ):
             if not response.is_success:
@@ -144,7 +168,12 @@ class GatewayClient:
     def _mapped_errors(self) -> Iterator[None]:
         try:
             yield
-        except (httpx2.ConnectError, httpx2.ConnectTimeout):
+        except (httpx2.ConnectError, httpx2.ConnectTimeout) as e:
+            if _is_wrong_certificate(e):
+                raise Denied(
+                    f"{self.url} has no certificate of this cluster under that name: nothing was sent; give the "
+                    "address with which the node joined, and --home of a node of its cluster"
+                ) from None
             raise Unavailable(self._unreachable) from None
         except httpx2.TimeoutException:
             raise Expired(f"the gateway at {self.url} did not answer in time; see `shoal logs gateway`") from None
@@ -153,6 +182,13 @@ class GatewayClient:
                 f"the gateway at {self.url} closed the connection ({type(e).__name__}); see `shoal logs gateway`, "
                 "then try again"
             ) from None
+
+
+def _is_wrong_certificate(error: BaseException) -> bool:
+    at: BaseException | None = error
+    while at is not None and not isinstance(at, ssl.SSLCertVerificationError):
+        at = at.__cause__ or at.__context__
+    return at is not None
 
 
 def check(status: int, content: bytes, url: str) -> None:
@@ -169,7 +205,7 @@ def check(status: int, content: bytes, url: str) -> None:
 def resolve_gateway(explicit: str, home: Home, environ: Mapping[str, str]) -> GatewayClient:
     """Return the gateway to use: the explicit one, SHOAL_GATEWAY, or that of this machine's node.
 
-    This home's secret is sent to this home's gateway only (I12); another one is sent SHOAL_SECRET.
+    This home's key is sent to this home's gateway only (I12); another one is sent SHOAL_API_KEY.
     """
     url = explicit or environ.get("SHOAL_GATEWAY", "")
     if url:
@@ -177,12 +213,32 @@ def resolve_gateway(explicit: str, home: Home, environ: Mapping[str, str]) -> Ga
         if not url.startswith(("http://", "https://")):
             raise BadInput(f"{url[:80]!r} is not a gateway URL: write http://host:{GATEWAY_PORT}")
         unreachable = f"no gateway answers at {url}: is `shoal up` running there?"
-        return GatewayClient(url.rstrip("/"), bearer(environ.get("SHOAL_SECRET", ""), "api"), unreachable)
+        headers = _authorization(environ.get(API_KEY_VARIABLE, "").strip())
+        identity = own_identity(home) if url.startswith("https://") else None
+        return GatewayClient(
+            url.rstrip("/"), headers, unreachable, client_context(identity.authority) if identity else None
+        )
     # Under systemd or launchd nothing writes the file: the gateway then listens on its default port.
     port = read_settings(PortSettings, {}, environ).gateway_port
     url = read_or_empty(home.gateway_url) or f"http://{LOOPBACK}:{port}"
-    if not url.startswith("http://"):
+    headers = _authorization(read_api_key(home.root))
+    if url.startswith("http://"):
+        return GatewayClient(url, headers, NO_NODE)
+    identity = own_identity(home)
+    if not url.startswith("https://") or identity is None:
         raise BadInput(
             f"{home.gateway_url} does not hold a gateway's URL: `shoal down` and `shoal up` write it again"
         )
-    return GatewayClient(url, bearer(environ.get("SHOAL_SECRET") or home.read_secret(), "api"), NO_NODE)
+    return GatewayClient(url, headers, NO_NODE, client_context(identity.authority), node_host(identity.node))
+
+
+def own_identity(home: Home) -> NodeIdentity | None:
+    """Return the identity of this machine's node; None outside a cluster."""
+    node = str(read_settings_file(home.root).get("id", ""))
+    return load_identity(home.root, check_node(node)) if node else None
+
+
+def _authorization(key: str) -> dict[str, str]:
+    if not (key.isascii() and key.isprintable()):
+        raise BadInput(f"{API_KEY_VARIABLE} is not a key: `shoal key` prints it on the node that it is of")
+    return {"Authorization": f"Bearer {key}"} if key else {}

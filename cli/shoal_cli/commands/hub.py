@@ -11,15 +11,17 @@ from shoal_cli.cli_context import CliContext
 from shoal_cli.command_app import CommandHelp, new_app
 from shoal_cli.commands import completion
 from shoal_cli.commands.options import GatewayOption, HomeOption, JsonOption
+from shoal_common.config import read_settings_file
 from shoal_common.errors import NotFound, Unavailable
-from shoal_common.host.credentials import derive
+from shoal_common.identity.api_key import API_KEY_VARIABLE, ensure_api_key
 from shoal_common.messages.views import StatusView
 from shoal_common.names import check_node
 
 app = new_app()
 
 _JSON = """For a shell: eval "$(shoal hub)"; `hf download org/name` and everything else that uses huggingface_hub then
-downloads from the cluster. --json prints {"HF_ENDPOINT", "HF_TOKEN" when the cluster has a secret}."""
+downloads from the cluster. HF_TOKEN is the key of the node (`shoal key`); of another node than this home's it is
+SHOAL_API_KEY. --json prints {"HF_ENDPOINT", "HF_TOKEN" if the key is known}."""
 
 
 @app.command(cls=CommandHelp, epilog=_JSON)
@@ -42,8 +44,16 @@ def hub(
     """Print settings for huggingface_hub to use the cluster."""
     cli = CliContext(ctx)
     status = cli.gateway.get("/v1/status", StatusView)
-    secret = cli.environ.get("SHOAL_SECRET") or cli.home.read_secret()
-    settings = hub_settings(status, check_node(node) if node else "", secret)
+    name = check_node(node) if node else status.node
+    settings, key = {"HF_ENDPOINT": hub_endpoint(status, name)}, _key_of(name, cli)
+    if key:
+        settings["HF_TOKEN"] = key
+    else:
+        cli.err.print(
+            f"HF_TOKEN is left out: node {name} may want its key, which `shoal key` prints there; give it in "
+            f"{API_KEY_VARIABLE}",
+            soft_wrap=True,
+        )
     if cli.as_json:
         return cli.print_json(settings)
     for name, value in settings.items():
@@ -51,15 +61,18 @@ def hub(
     return 0
 
 
-def hub_settings(status: StatusView, node: str, secret: str) -> dict[str, str]:
-    """Return environment variables for huggingface_hub. Raises NotFound for an unknown node, Unavailable for one
-    whose fileserver is down."""
-    name = node or status.node
+def hub_endpoint(status: StatusView, name: str) -> str:
+    """Return the URL of a node's fileserver. Raises NotFound, or Unavailable if it is down."""
     view = next((n for n in status.nodes if n.node == name), None)
     if view is None:
         raise NotFound(f"no node named {name}: `shoal status` lists them")
     service = view.services.get("fileserver")
     if service is None or not service.addresses:
         raise Unavailable(f"the fileserver of node {name} is not running: see `shoal status`")
-    settings = {"HF_ENDPOINT": f"http://{service.addresses[0]}"}
-    return settings | ({"HF_TOKEN": derive(secret, "hub")} if secret else {})
+    return f"http://{service.addresses[0]}"
+
+
+def _key_of(name: str, cli: CliContext) -> str:
+    if name == read_settings_file(cli.home.root).get("id"):
+        return ensure_api_key(cli.home.root)
+    return cli.environ.get(API_KEY_VARIABLE, "").strip()

@@ -9,8 +9,8 @@ from typing import Annotated
 import msgspec
 import typer
 
-from shoal_cli.api.client import GatewayClient
-from shoal_cli.api.node_answers import NodeSelection, by_node, model_or_all_revisions, selected_storage
+from shoal_cli.api.node_answers import by_node, model_or_all_revisions, selected_storage
+from shoal_cli.api.own_settings import own_node, set_on_own_node
 from shoal_cli.api.schema import JsonObject, PinView, SettingsView, StorageListView
 from shoal_cli.cli_context import CliContext, CommandResult
 from shoal_cli.command_app import CommandHelp, new_app
@@ -26,8 +26,9 @@ from shoal_cli.commands.options import (
 from shoal_cli.commands.setting_options import GivenSettings, flag_names, setting_options
 from shoal_cli.render.storage_text import plan_lines, storage_lines
 from shoal_cli.render.tables import storage_table
-from shoal_common.errors import BadInput, NotFound
-from shoal_common.messages.storage import EvictionPlan, StorageState
+from shoal_common.errors import BadInput
+from shoal_common.messages.storage import EvictionPlan
+from shoal_common.settings.declaration import Value
 from shoal_common.settings.node import StorageSettings
 from shoal_common.settings.values import changeable
 from shoal_common.units import format_bytes, format_duration, parse_bytes
@@ -89,17 +90,18 @@ def set_(
     gateway: GatewayOption = "",
     home: HomeOption = "",
 ) -> int:
-    """Change settings now and save them in node.toml. What is left out stays as it is."""
+    """Change settings now and save them in node.toml. What is left out stays as it is.
+
+    Libraries and volumes are set on the node itself, by the user who runs it.
+    """
     cli, selection = CliContext(ctx), select_nodes(ctx)
     if not given.values and not given.lists:
         raise BadInput(f"nothing to set: give {flag_names(_SETTINGS)}")
-    body = selection.body() | given.values
     if given.lists:
-        name, state = _state_of_one(cli.gateway, selection)
-        for change in given.lists:
-            paths = [directory.path for directory in getattr(state, change.setting.name)]
-            body[change.setting.key] = change.applied(paths, name)
-    answer = cli.gateway.put("/v1/storage/config", body, JsonObject)
+        name = own_node(cli.home, cli.gateway, selection, cli.is_gateway_given)
+        answer = set_on_own_node(cli.home, cli.gateway, name, lambda s: given.values | _changed_lists(given, s, name))
+    else:
+        answer = cli.gateway.put("/v1/storage/config", selection.body() | given.values, JsonObject)
     lines = []
     for name, view in by_node(answer, SettingsView):
         quota = "none" if view.quota_bytes is None else format_bytes(view.quota_bytes)
@@ -110,18 +112,12 @@ def set_(
         lines += [f"  library {path}" for path in view.libraries]
         lines += [f"  volume {path}" for path in view.volumes]
         lines += [f"  {view.note}"] if view.note else []
+    lines += [answer["note"]] if "note" in answer else []
     return cli.finish(CommandResult(answer, lines))
 
 
-def _state_of_one(gateway: GatewayClient, selection: NodeSelection) -> tuple[str, StorageState]:
-    """Return the one node that is selected and its storage. Raises BadInput, NotFound."""
-    if selection.all_nodes:
-        raise BadInput("libraries and volumes are set on one node at a time: give --node instead of --all")
-    answer = selected_storage(gateway.get("/v1/storage", JsonObject), selection)
-    [view] = msgspec.convert(answer, StorageListView).nodes
-    if view.storage is None:
-        raise NotFound(f"storage of node {view.node} is not known yet; see `shoal status`")
-    return view.node, view.storage
+def _changed_lists(given: GivenSettings, settings: StorageSettings, node: str) -> dict[str, Value]:
+    return {c.setting.key: c.applied(getattr(settings, c.setting.name), node) for c in given.lists}
 
 
 @app.command(cls=CommandHelp)

@@ -28,13 +28,10 @@ def users_configuration(operator_nkey: str, members: Mapping[str, Member], invit
 
 
 def tls_configuration(certificate: Path, key: Path) -> str:
-    """Return the block `tls`. A client may begin with TLS, as ours do, and need not.
-
-    Without it only INFO can be read, which says that NATS is up.
-    """
+    """Return the block `tls`. A client begins with TLS: nothing at all is sent in the clear."""
     return (
         f"tls {{\n  cert_file: {json.dumps(str(certificate))}\n  key_file: {json.dumps(str(key))}\n"
-        f"  handshake_first: auto\n  timeout: {_HANDSHAKE_TIMEOUT_S}\n}}\n"
+        f"  handshake_first: true\n  timeout: {_HANDSHAKE_TIMEOUT_S}\n}}\n"
     )
 
 

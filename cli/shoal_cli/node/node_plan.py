@@ -25,7 +25,7 @@ ALL_INTERFACES = "0.0.0.0"
 READY_DEADLINE_S = 60.0
 
 # Set for each child; the supervisor's own notify socket and watchdog are not its children's.
-_NOT_INHERITED = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "SHOAL_NATS", "SHOAL_SECRET", "SHOAL_BIND")
+_NOT_INHERITED = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "SHOAL_NATS", "SHOAL_BIND", "SHOAL_API_KEY")
 
 
 class UpOptions(msgspec.Struct, frozen=True, kw_only=True):

@@ -82,7 +82,9 @@ def print_report(report: StartupReport, out: Console, err: Console, detached: bo
         err.print(Text(f"    more in {child.log}", style="dim"), soft_wrap=True)
     if report.not_ready:
         return
-    rows = [("gateway", report.gateway or "not on this node"), ("NATS", ", ".join(report.nats))]
+    rows = [("page", f"{report.gateway}/"), ("API", f"{report.gateway}/v1")] if report.gateway else []
+    rows += [("key", "`shoal key` prints it; on Linux you need none on this machine")] if report.gateway else []
+    rows += [("NATS", ", ".join(report.nats))]
     rows += [("services", " ".join(report.ready)), ("logs", report.logs)]
     if report.bind:
         rows.append(("bound to", report.bind))

@@ -36,12 +36,15 @@ from shoal_cli.node_home import Home
 from shoal_common.bus.connection import connected, login_of
 from shoal_common.concurrency.cancellation import cancel_and_wait
 from shoal_common.concurrency.notifier import Notifier
-from shoal_common.config import is_loopback
+from shoal_common.config import is_loopback, read_settings_file
 from shoal_common.errors import BadMessage, Expired, NotFound, Refused, Unavailable
 from shoal_common.host.addresses import join_host
 from shoal_common.host.interfaces import read_interfaces
+from shoal_common.http.scheme import gateway_scheme
 from shoal_common.identity.node_identity import CLI, NodeIdentity
 from shoal_common.logs import StructuredLogger
+from shoal_common.settings.node import TlsSettings
+from shoal_common.settings.values import read_settings
 
 log = StructuredLogger("supervisor")
 
@@ -174,7 +177,7 @@ class Supervisor:
         plan = self._plan
         port = plan.gateway_port or free_port(plan.bind)
         if "gateway" in plan.services:
-            self._gateway = f"http://{bracketed(local_address(plan.bind))}:{port}"
+            self._gateway = f"{self._gateway_scheme()}://{bracketed(local_address(plan.bind))}:{port}"
             self._home.gateway_url.write_text(f"{self._gateway}\n")
         for service in plan.services:
             spec = service_spec(plan, service, self._nats_urls, port, sys.executable, self._environ)
@@ -183,8 +186,13 @@ class Supervisor:
             spec.environ["NOTIFY_SOCKET"] = str(notify_socket.path)
             self._keep(tasks, spec, self._gateway_health() if service == "gateway" else notify_socket)
 
+    def _gateway_scheme(self) -> str:
+        tls = read_settings(TlsSettings, read_settings_file(self._home.root), self._environ).tls
+        return gateway_scheme(self._plan.bind, self._identity.is_member, tls)
+
     def _gateway_health(self) -> HttpHealthReadiness:
-        return HttpHealthReadiness(self._gateway, {})
+        authority = self._identity.authority if self._gateway.startswith("https:") else b""
+        return HttpHealthReadiness(self._gateway, self._plan.node, authority)
 
     def _keep(self, tasks: asyncio.TaskGroup, spec: ChildSpec, ready: Readiness) -> None:
         # nats-server cannot be told a log format: its lines are translated on their way into the file.

@@ -118,7 +118,10 @@ def _plan(options: UpOptions, environ: Mapping[str, str], home: Home) -> NodePla
             f"the node in {home.root} is named {node} and keeps that name (I8): omit --node, or choose another "
             "--home for a new node"
         )
-    is_member, is_operator = NodeIdentity(home.root, node).is_member, OperatorFiles(home.root).exists
+    identity = NodeIdentity(home.root, node)
+    is_member, is_operator = identity.is_member, OperatorFiles(home.root).exists
+    if is_member:
+        identity.require_own()
     plan = make_plan(options, environ, settings, node, is_member)
     if is_member and plan.joins and is_operator:
         raise Refused(

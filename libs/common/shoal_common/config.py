@@ -14,14 +14,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import ipaddress
 import os
 import secrets
 import socket
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from shoal_common.errors import BadInput, BadName, Refused
 from shoal_common.host import addresses
 from shoal_common.host.file_kinds import read_text_file
 from shoal_common.host.interfaces import Interface
-from shoal_common.host.private_files import FILE_MODE, make_home, open_private
+from shoal_common.host.private_files import FILE_MODE, directory_locked, make_home, open_private
 from shoal_common.identity.node_identity import NodeIdentity, load_identity
 from shoal_common.messages.liveness import NodeAddress
 from shoal_common.names import check_node, node_id_from_hostname
@@ -114,7 +113,7 @@ def ensure_node_id(home: Path, hostname: str | None = None) -> str:
     """
     make_home(home)
     # All services of a node may start for the first time at once: one creates the id, the others read it.
-    with settings_locked(home):
+    with directory_locked(home):
         settings = read_settings_file(home)
         if "id" in settings:
             node = _usable_id(str(settings["id"]))
@@ -154,17 +153,6 @@ def _refuse_lost_id(home: Path, given: str | None) -> None:
             f"{what}, but {home / 'store'} is the store of a node: put the file back from a copy, or name that node "
             f"with `shoal up --node NAME`; its logs in {home / 'log'} have the name"
         )
-
-
-@contextmanager
-def settings_locked(home: Path) -> Iterator[None]:
-    """Hold the lock under which this home's node.toml is read and then written; waits for the current holder."""
-    directory = os.open(home, os.O_RDONLY)
-    try:
-        fcntl.flock(directory, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(directory)
 
 
 def write_settings(home: Path, data: bytes) -> None:

@@ -14,7 +14,7 @@ _MIN_CHARACTERS = 6
 """Shorter ones are ordinary words: masking them would hide what a message says."""
 HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
 """Variables with the hub's token: only the fetcher gets them (I12)."""
-_VARIABLES = (*HUB_TOKENS, "SHOAL_SECRET")
+_VARIABLES = (*HUB_TOKENS, "SHOAL_SECRET", "SHOAL_API_KEY")
 _URL_VARIABLES = ("SHOAL_NATS", "HF_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 _secrets: dict[str, None] = {}
 

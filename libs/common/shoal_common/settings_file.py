@@ -15,10 +15,10 @@ import tomlkit
 from tomlkit.exceptions import TOMLKitError
 from tomlkit.items import Array, Comment, InlineTable, Table, Trivia
 
-from shoal_common.config import read_settings_file, settings_locked, settings_path, write_settings
+from shoal_common.config import read_settings_file, settings_path, write_settings
 from shoal_common.errors import InternalError, Refused
 from shoal_common.host.file_kinds import read_text_file
-from shoal_common.host.private_files import make_home
+from shoal_common.host.private_files import directory_locked, make_home
 from shoal_common.settings.declaration import Value
 
 T = TypeVar("T")
@@ -35,7 +35,7 @@ def change_settings(
     """
     make_home(home)
     path = settings_path(home)
-    with settings_locked(home):
+    with directory_locked(home):
         before = read_settings_file(home)
         wanted = before
         for section, keys in changes.items():

@@ -1,11 +1,13 @@
-"""Wire routes, error handlers and the auth middleware into one ASGI application."""
+"""Wire routes, error handlers and the access middleware into one ASGI application."""
 
 from __future__ import annotations
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 
-from shoal_gateway.auth import AuthMiddleware
+from shoal_common.identity.api_key import ApiKeyFile
+from shoal_gateway.access import login
+from shoal_gateway.access.middleware import AccessMiddleware
 from shoal_gateway.context import GatewayContext
 from shoal_gateway.events import endpoint
 from shoal_gateway.generation.endpoint import chat_completions
@@ -15,6 +17,7 @@ from shoal_gateway.rest.routing import route
 
 ROUTES = [
     *status.ROUTES,
+    *login.ROUTES,
     *models.ROUTES,
     *downloads.ROUTES,
     *instances.ROUTES,
@@ -26,12 +29,10 @@ ROUTES = [
 ]
 
 
-def build_app(gateway: GatewayContext) -> Starlette:
+def build_app(gateway: GatewayContext, key_file: ApiKeyFile) -> Starlette:
     """Return the ASGI application of a gateway."""
-    auth = Middleware(
-        AuthMiddleware, secret=gateway.context.config.secret, credential_needed=gateway.settings.credential_needed
-    )
-    app = Starlette(routes=ROUTES, middleware=[auth], exception_handlers=HANDLERS)
+    access = Middleware(AccessMiddleware, key_file=key_file)
+    app = Starlette(routes=ROUTES, middleware=[access], exception_handlers=HANDLERS)
     app.router.redirect_slashes = False
-    app.state.gateway = gateway
+    app.state.gateway, app.state.login = gateway, login.Login(key_file)
     return app

@@ -51,3 +51,12 @@ class GatewayContext:
 def gateway_of(request: Request) -> GatewayContext:
     """Return the gateway that received a request."""
     return cast(GatewayContext, request.app.state.gateway)
+
+
+HAS_LOGIN = "shoal.has_login"
+"""Key in a request's state: whether the cookie of a login let it in."""
+
+
+def has_login(request: Request) -> bool:
+    """Return whether a login in a browser let a request in."""
+    return bool(request.scope["state"].get(HAS_LOGIN))

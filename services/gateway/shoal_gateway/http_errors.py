@@ -56,7 +56,7 @@ def respond_to(error: ShoalError) -> Response:
         seconds = error.details.get("retry_after_s", _RETRY_AFTER_S[error.http_status])
         headers["Retry-After"] = str(max(1, round(float(seconds))))
     if error.http_status == 401:
-        headers["WWW-Authenticate"] = 'Basic realm="shoal", charset="UTF-8"'
+        headers["WWW-Authenticate"] = 'Bearer realm="shoal"'
     return json_response(shoal_error_body(error), error.http_status, headers)
 
 

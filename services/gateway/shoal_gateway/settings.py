@@ -1,4 +1,4 @@
-"""The gateway's settings: its port, and its time-outs from `[gateway]` in node.toml."""
+"""The gateway's settings: its port, and `[gateway]` in node.toml: TLS and time-outs."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Annotated, ClassVar
 import msgspec
 from msgspec import Meta
 
-from shoal_common.config import Config, is_loopback
-from shoal_common.settings.declaration import Section, Timeout, setting
-from shoal_common.settings.node import PortSettings
+from shoal_common.config import Config
+from shoal_common.http.scheme import gateway_scheme
+from shoal_common.settings.declaration import Timeout, setting
+from shoal_common.settings.node import PortSettings, TlsSettings
 from shoal_common.settings.values import read_settings
 
 
@@ -18,8 +19,8 @@ def _of(what: str) -> Meta:
     return setting(f"time {what}", has_variable=False)
 
 
-class GatewayTimeouts(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How long the gateway waits."""
+class GatewayTimeouts(TlsSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All of `[gateway]`: TLS, and how long the gateway waits."""
 
     section: ClassVar[str] = "gateway"
 
@@ -44,14 +45,14 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
 
     port: int
     timeouts: GatewayTimeouts
-    credential_needed: bool
-    """Whether requests need the cluster's secret: always beyond loopback (I12)."""
+    speaks_tls: bool
 
 
 def read_gateway_settings(config: Config, environ: Mapping[str, str]) -> GatewaySettings:
     """Return the settings. Raises BadInput naming the wrong one."""
+    timeouts = read_settings(GatewayTimeouts, config.settings, environ)
     return GatewaySettings(
         port=read_settings(PortSettings, {}, environ).gateway_port,
-        timeouts=read_settings(GatewayTimeouts, config.settings, environ),
-        credential_needed=not is_loopback(config.bind),
+        timeouts=timeouts,
+        speaks_tls=gateway_scheme(config.bind, config.identity is not None, timeouts.tls) == "https",
     )

@@ -19,6 +19,7 @@ from shoal_common.messages.storage import (
     PlanEviction,
     RecordUse,
     Release,
+    Reload,
     Reserve,
     SealModel,
     SealShard,
@@ -157,6 +158,7 @@ async def run(service: ServiceContext) -> None:
                         "pin": CommandHandler(Pin, maintenance.pin, MAINTENANCE_DEADLINE_S),
                         "gc": CommandHandler(CollectGarbage, maintenance.collect_garbage, MAINTENANCE_DEADLINE_S),
                         "configure": CommandHandler(Configure, configure_command.configure, CONFIGURE_DEADLINE_S),
+                        "reload": CommandHandler(Reload, configure_command.reload, CONFIGURE_DEADLINE_S),
                         "verify": CommandHandler(Verify, verifier.verify, VERIFY_DEADLINE_S),
                     }
                 )

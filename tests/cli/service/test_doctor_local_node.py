@@ -17,7 +17,7 @@ from shoal_cli.doctor.finding import exit_code
 from shoal_cli.doctor.run import run_checks
 from shoal_cli.node_home import Home
 from shoal_common import VERSION
-from shoal_common.host.private_files import make_home
+from shoal_common.identity.api_key import api_key_path, ensure_api_key
 from tests.cli.conftest import Node as StandInNode
 from tests.cli.conftest import wait_until
 from tests.cli.doctor_fixtures import (
@@ -82,12 +82,12 @@ def test_a_port_that_is_taken_is_reported_with_its_owner(home: Home) -> None:
 
 
 def test_a_secret_that_others_may_read_is_reported(home: Home) -> None:
-    home.write_secret("0123456789abcdef")
-    make_home(home.root)
+    key = api_key_path(home.root)
+    ensure_api_key(home.root)
     assert only_finding(probe(home, "nats://127.0.0.1:1"), "permissions").level == "ok"
-    home.secret.chmod(0o644)
+    key.chmod(0o644)
     found = only_finding(probe(home, "nats://127.0.0.1:1"), "permissions")
-    assert found.level == "problem" and found.about == str(home.secret) and "0644" in found.what
+    assert found.level == "problem" and found.about == str(key) and "0644" in found.what
 
 
 def test_an_unreadable_settings_file_is_reported(home: Home) -> None:

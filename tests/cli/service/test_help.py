@@ -43,7 +43,7 @@ def complete(line: str, **environ: str) -> list[str]:
 
 
 def test_every_verb_is_in_one_section_and_fits_a_line(capsys: Capture) -> None:
-    assert len(VERBS) == len(set(VERBS)) == 28
+    assert len(VERBS) == len(set(VERBS)) == 32
     modules = {p.stem for p in (ROOT / "cli/shoal_cli/commands").glob("*.py")}
     assert modules == {*VERBS, "__init__", "options", "setting_options", "completion"}
     assert run([]) == 0

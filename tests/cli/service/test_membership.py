@@ -17,6 +17,7 @@ from shoal_common.bus.kv_bucket import Buckets
 from shoal_common.config import read_settings_file
 from shoal_common.errors import Denied, Refused
 from shoal_common.identity.node_identity import NodeIdentity
+from shoal_common.identity.tls import unverified_context
 from tests.cli.conftest import Node, operator_login, wait_until
 
 
@@ -159,18 +160,20 @@ def test_what_is_no_address_is_refused(node: Node, tmp_path: Path, address: str)
     assert done.returncode == 2 and "is not an address" in done.stderr
 
 
-def test_I12_without_keys_NATS_shows_that_it_is_there_and_no_more(node: Node) -> None:
+def test_I12_without_keys_NATS_answers_nothing(node: Node) -> None:
     assert node.up("--bind", "0.0.0.0").returncode == 0
     port = int(node.status().nats[0].rpartition(":")[2])
-    with socket.create_connection(("127.0.0.1", port), timeout=30) as s:
-        reader = s.makefile("rb")
-        assert b'"tls_required":true' in reader.readline()
+    with (
+        socket.create_connection(("127.0.0.1", port), timeout=30) as plain,
+        unverified_context().wrap_socket(plain) as s,
+        s.makefile("rb") as reader,
+    ):
+        assert b'"auth_required":true' in reader.readline()
         s.sendall(b'CONNECT {"verbose":false}\r\nPING\r\n')
-        try:
-            rest = reader.read()
-        except ConnectionResetError:
-            rest = b""
-    assert b"PONG" not in rest
+        assert b"Authorization Violation" in reader.readline()
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as plain:
+        plain.sendall(b'CONNECT {"verbose":false}\r\nPING\r\n')
+        assert plain.recv(1 << 16)[:1] != b"P"
 
 
 def test_NATS_alone_runs_for_services_that_systemd_runs(

@@ -37,7 +37,7 @@ def test_no_other_user_can_read_a_nodes_home(node: Node) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        *("node.toml", "secret", "run/lock", "run/supervisor.pid", "run/children.json", "run/control.path"),
+        *("node.toml", "run/lock", "run/supervisor.pid", "run/children.json", "run/control.path"),
         *("run/gateway.url", "run/nats-server.conf", "log/supervisor.log", "log/storage.log"),
     ],
 )
@@ -75,16 +75,12 @@ def test_garbage_in_run_neither_stops_up_nor_ends_anything(node: Node) -> None:
     assert node.up().returncode == 0
 
 
-def test_a_node_that_lost_its_id_or_secret_does_not_start(node: Node) -> None:
+def test_a_node_that_lost_its_id_does_not_start(node: Node) -> None:
     assert node.up().returncode == 0
     node.shoal("down")
     (node.home.root / "node.toml").write_text("")
     lost = node.up()
     assert lost.returncode == Refused.exit_code and "the home of node node-a" in lost.stderr
-    node.behave()
-    node.home.secret.write_text("")
-    emptied = node.up("--bind", "0.0.0.0")
-    assert emptied.returncode == BadInput.exit_code and f"{node.home.secret} is empty" in emptied.stderr
 
 
 @pytest.mark.parametrize("killed", [False, True])
@@ -112,6 +108,9 @@ def test_a_copy_of_a_running_home_is_refused_and_ends_nothing(
         shutil.copy(file, copy.home.run / file.name)
     settings = copy.home.root / "node.toml"
     settings.write_text(settings.read_text().replace("node-a", "node-b"))
+    assert "the keys of another node than node-b" in copy.up().stderr
+    for keys in ("identity", "operator"):
+        shutil.rmtree(copy.home.root / keys)
     up = copy.up()
     assert up.returncode == 0, up.stderr
     assert psutil.pid_exists(before["storage"])

@@ -11,8 +11,8 @@ import pytest
 from starlette.applications import Starlette
 
 from shoal_cli.cli import run
-from shoal_common.errors import BY_CODE, ShoalError
-from shoal_common.host.credentials import derive
+from shoal_common.errors import BY_CODE, BadInput, ShoalError
+from shoal_common.identity.api_key import ensure_api_key, read_api_key
 from tests.cli.fake_gateway import COMMIT, MODEL, Cluster, download, held, instance
 
 Capture = pytest.CaptureFixture[str]
@@ -105,17 +105,47 @@ def test_what_is_not_understood_ends_with_exit_code_2_and_a_hint(
 
 
 def test_hub_prints_the_environment_to_pull_from_the_cluster(
-    cluster: Cluster, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+    cluster: Cluster, capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    monkeypatch.setenv("SHOAL_HOME", str(tmp_path))
+    (tmp_path / "node.toml").write_text('id = "node-a"\n')
     assert run(["hub"]) == 0
-    assert capsys.readouterr().out == "export HF_ENDPOINT=http://192.0.2.7:4242\n"
-    monkeypatch.setenv("SHOAL_SECRET", "se cret")
-    assert run(["hub", "--json"]) == 0
-    shown = {"HF_ENDPOINT": "http://192.0.2.7:4242", "HF_TOKEN": derive("se cret", "hub")}
-    assert json.loads(capsys.readouterr().out) == shown
+    key = read_api_key(tmp_path)
+    assert capsys.readouterr().out == f"export HF_ENDPOINT=http://192.0.2.7:4242\nexport HF_TOKEN={key}\n"
     assert run(["hub", "--node", "node-b"]) == 5
     assert "the fileserver of node node-b is not running" in one_line(capsys.readouterr().err)
     assert run(["hub", "--node", "node-z"]) == 3
+
+
+def test_I12_hub_gives_another_node_another_key(
+    cluster: Cluster, capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SHOAL_HOME", str(tmp_path))
+    (tmp_path / "node.toml").write_text('id = "node-c"\n')
+    assert run(["hub"]) == 0
+    output = capsys.readouterr()
+    assert output.out == "export HF_ENDPOINT=http://192.0.2.7:4242\n"
+    assert "node node-a may want its key" in output.err
+    assert not (tmp_path / "api.key").exists(), "this home's key is of no use there"
+    monkeypatch.setenv("SHOAL_API_KEY", "of-node-a")
+    assert run(["hub", "--json"]) == 0
+    shown = {"HF_ENDPOINT": "http://192.0.2.7:4242", "HF_TOKEN": "of-node-a"}
+    assert json.loads(capsys.readouterr().out) == shown
+
+
+def test_key_prints_the_key_and_replaces_it(capsys: Capture, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    assert run(["key", "--home", str(home)]) == 0
+    key = capsys.readouterr().out
+    assert key == f"{read_api_key(home)}\n"
+    assert run(["key", "--home", str(home), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"key": key.strip()}
+    assert run(["key", "--home", str(home), "--new"]) == 0
+    new = capsys.readouterr().out
+    assert new == f"{read_api_key(home)}\n" != key
+    (home / "api.key").write_text("")
+    assert run(["key", "--home", str(home)]) == BadInput.exit_code
+    assert "api.key does not hold a key" in one_line(capsys.readouterr().err)
 
 
 def test_status_shows_nodes_disks_models_downloads_and_instances(cluster: Cluster, capsys: Capture) -> None:
@@ -164,22 +194,25 @@ def test_ls_lists_models_and_shows_how_to_get_one(cluster: Cluster, capsys: Capt
     assert "org/fish" in output and COMMIT[:8] in output and "node-a, node-b" in output
 
 
-def test_I12_a_homes_secret_is_shown_to_its_own_gateway_only(
-    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_I12_a_homes_key_is_shown_to_its_own_gateway_only(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Capture
 ) -> None:
     home, url = tmp_path / "home", os.environ["SHOAL_GATEWAY"]
-    (home / "run").mkdir(parents=True)
-    (home / "secret").write_text("the-clusters-secret\n")
+    key = ensure_api_key(home)
+    (home / "run").mkdir()
     (home / "run" / "gateway.url").write_text(f"{url}\n")
+    monkeypatch.setenv("SHOAL_HOME", str(home))
     assert run(["ls"]) == 0
     assert "authorization" not in cluster.headers
-    monkeypatch.setenv("SHOAL_SECRET", "of-the-other-one")
+    monkeypatch.setenv("SHOAL_API_KEY", "of-the-other-one")
     assert run(["ls", "--gateway", url]) == 0
-    assert cluster.headers["authorization"] == f"Bearer {derive('of-the-other-one', 'api')}"
-    monkeypatch.delenv("SHOAL_SECRET")
+    assert cluster.headers["authorization"] == "Bearer of-the-other-one"
     monkeypatch.delenv("SHOAL_GATEWAY")
     assert run(["ls"]) == 0
-    assert cluster.headers["authorization"] == f"Bearer {derive('the-clusters-secret', 'api')}"
+    assert cluster.headers["authorization"] == f"Bearer {key}"
+    monkeypatch.setenv("SHOAL_API_KEY", "of two\nlines")
+    assert run(["ls", "--gateway", url]) == BadInput.exit_code
+    assert "two" not in one_line(capsys.readouterr().err)
 
 
 def test_an_unexpected_error_is_one_line_and_a_trace_on_request(

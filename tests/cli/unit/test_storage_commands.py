@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import time
+import tomllib
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from shoal_cli.cli import run
 from shoal_cli.render.storage_text import library_lines, plan_lines
-from shoal_common.errors import BadInput, Corrupt, HubUnavailable, NotFound, Refused
+from shoal_common.errors import BadInput, Corrupt, HubUnavailable, NodeDown, NotFound, Refused
 from shoal_common.messages.storage import EvictionPlan, LibraryState, Victim
 from shoal_common.names import ModelId
 from tests.cli.fake_gateway import COMMIT, MODEL, Cluster, download
@@ -95,31 +97,77 @@ def test_volumes_are_shown_added_and_removed_one_by_one(cluster: Cluster, capsys
     assert "node-a: volume /mnt/big: 3 blobs, 2.0 GB; 9.0 GB free, 1.0 GB of it headroom, 1.0 GB reserved" in output
     assert "1.0 GB of duplicates: `shoal gc` deletes them" in output
     assert "node-a: volume /mnt/gone is not used: it is not there: mount its disk" in output
-    cluster.disk_results = {"node-a": {"volumes": ["/mnt/big", "/mnt/new"]}}
-    before = len(cluster.requests)
-    assert run(["storage", "set", "--add-volume", "/mnt/new", "--remove-volume", "/mnt/gone"]) == 0
-    assert cluster.requests[before:][-1] == ("PUT", "/v1/storage/config", {"volumes": ["/mnt/big", "/mnt/new"]})
-    assert "volume /mnt/new" in capsys.readouterr().out
-    assert run(["storage", "set", "--node", "node-b", "--add-volume", "/mnt/new"]) == 0
-    assert cluster.requests[-1][2] == {"volumes": ["/mnt/new"], "node": "node-b"}
-    assert run(["storage", "set", "--remove-volume", "/mnt/new"]) == BadInput.exit_code
-    assert "/mnt/new is not a volume of node-a (known: /mnt/big, /mnt/gone)" in capsys.readouterr().err
-    assert run(["storage", "set", "--all", "--add-volume", "/mnt/new"]) == BadInput.exit_code
 
 
-def test_libraries_are_added_and_removed_one_by_one(cluster: Cluster, capsys: Capture) -> None:
-    cluster.disks = [disk("node-a", libraries=[{"path": "/nas"}, {"path": "/old"}]), disk("node-b")]
-    cluster.disk_results = {"node-a": {"libraries": ["/nas", "/a", "~/b"]}}
-    arguments = ["storage", "set", "--library", "/a", "--library", "~/b", "--library", "/nas"]
-    assert run([*arguments, "--remove-library", "/old"]) == 0
-    body = {"libraries": ["/nas", "/a", "~/b"]}
-    assert cluster.requests[-1] == ("PUT", "/v1/storage/config", body)
-    assert "  library /nas\n  library /a\n  library ~/b\n" in capsys.readouterr().out
-    assert run(["storage", "set", "--remove-library", "/nas", "--remove-library", "/old"]) == 0
-    assert cluster.requests[-1] == ("PUT", "/v1/storage/config", {"libraries": []})
-    assert run(["storage", "set", "--remove-library", "/none"]) == BadInput.exit_code
-    assert "/none is not a library of node-a (known: /nas, /old)" in capsys.readouterr().err
+@pytest.fixture
+def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The home of node-a, which is this machine's."""
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("SHOAL_HOME", str(home))
+    (home / "node.toml").write_text(
+        'id = "node-a"\n[storage]\nlibraries = ["/nas", "/old"]\nvolumes = ["/mnt/big"]\n'
+    )
+    return home
+
+
+def storage_in(home: Path) -> dict[str, Any]:
+    section: dict[str, Any] = tomllib.loads((home / "node.toml").read_text())["storage"]
+    return section
+
+
+def test_directories_are_written_here_and_storage_reads_them(
+    cluster: Cluster, capsys: Capture, own_home: Path
+) -> None:
+    cluster.disks = [disk("node-a"), disk("node-b")]
+    cluster.disk_results = {"node-a": {"libraries": ["/nas", "/a", "~/b"], "volumes": ["/mnt/big", "/mnt/new"]}}
+    arguments = ["storage", "set", "--library", "/a", "--library", "~/b", "--library", "/nas", "--headroom", "5GB"]
+    assert run([*arguments, "--remove-library", "/old", "--add-volume", "/mnt/new"]) == 0
+    assert cluster.requests[-1] == ("POST", "/v1/storage/reload", {"node": "node-a"})
+    assert "  library /nas\n  library /a\n  library ~/b\n  volume /mnt/big" in capsys.readouterr().out
+    assert storage_in(own_home) == {
+        "libraries": ["/nas", "/a", "~/b"],
+        "volumes": ["/mnt/big", "/mnt/new"],
+        "headroom_bytes": 5 * GB,
+    }
+    assert run(["storage", "set", "--remove-volume", "/mnt/gone"]) == BadInput.exit_code
+    assert "/mnt/gone is not a volume of node-a (known: /mnt/big, /mnt/new)" in capsys.readouterr().err
     assert run(["storage", "set", "--all", "--library", "/a"]) == BadInput.exit_code
+
+
+def test_I12_directories_of_another_node_are_set_there(cluster: Cluster, capsys: Capture, own_home: Path) -> None:
+    before = (own_home / "node.toml").read_text()
+    cluster.disks = [disk("node-a"), disk("node-b")]
+    assert run(["storage", "set", "--node", "node-b", "--library", "/a"]) == Refused.exit_code
+    assert "run this command on node-b" in capsys.readouterr().err
+    (own_home / "node.toml").write_text(before.replace("node-a", "node-c"))
+    assert run(["storage", "set", "--library", "/a"]) == Refused.exit_code, "the gateway is node-a's"
+    assert "run this command on node-a" in capsys.readouterr().err
+    assert {method for method, _, _ in cluster.requests} == {"GET"}
+
+
+def test_what_storage_refuses_is_put_back(cluster: Cluster, capsys: Capture, own_home: Path) -> None:
+    before = storage_in(own_home)
+    cluster.disks = [disk("node-a")]
+    cluster.refuses_once = BadInput("the volume /new cannot be used: mount its disk")
+    arguments = ["storage", "set", "--add-volume", "/new", "--library", "/a", "--headroom", "5GB"]
+    assert run(arguments) == BadInput.exit_code
+    assert "mount its disk" in capsys.readouterr().err
+    assert storage_in(own_home) == before
+    cluster.disk_results = {"node-a": {"overridden_by_env": ["libraries"]}}
+    assert run(arguments) == Refused.exit_code
+    assert "unset SHOAL_LIBRARIES" in capsys.readouterr().err
+    assert storage_in(own_home) == before
+
+
+def test_directories_of_a_node_that_is_down_apply_at_its_start(
+    cluster: Cluster, capsys: Capture, own_home: Path
+) -> None:
+    cluster.disks = [disk("node-a")]
+    cluster.refuses_once = NodeDown("storage of node-a is not live")
+    assert run(["storage", "set", "--library", "/a"]) == 0
+    assert "it applies when storage of node-a starts" in capsys.readouterr().out
+    assert storage_in(own_home)["libraries"] == ["/nas", "/old", "/a"]
 
 
 def test_storage_of_an_unknown_node_names_the_known_ones(cluster: Cluster, capsys: Capture) -> None:

@@ -13,7 +13,9 @@ from shoal_common.http.connection_eviction import (
     ConnectionInfo,
     connection_to_evict,
 )
-from shoal_common.http.host_rule import host_error
+from shoal_common.http.host_rule import host_error, names_loopback
+from shoal_common.http.scheme import gateway_scheme
+from shoal_common.settings.node import TlsMode
 
 BOUNDS = HttpBounds(max_connections=256, max_per_address=128, max_body_bytes=1, max_bodies_bytes=1)
 
@@ -115,3 +117,38 @@ def test_I12_only_one_host_is_taken(hosts: list[bytes], loopback_only: bool) -> 
 )
 def test_I12_a_target_is_a_path(target: bytes) -> None:
     assert error_status(target, b"localhost") == (None if target == b"//" else 400)
+
+
+@pytest.mark.parametrize(
+    ("bind", "is_member", "tls", "scheme"),
+    [
+        ("0.0.0.0", True, "auto", "https"),
+        ("::", True, "auto", "https"),
+        ("0.0.0.0", True, "off", "http"),
+        ("0.0.0.0", False, "auto", "http"),
+        ("127.0.0.1", True, "auto", "http"),
+        ("::1", True, "auto", "http"),
+        ("localhost", True, "auto", "http"),
+    ],
+)
+def test_TLS_is_for_members_beyond_loopback(bind: str, is_member: bool, tls: TlsMode, scheme: str) -> None:
+    assert gateway_scheme(bind, is_member, tls) == scheme
+
+
+@pytest.mark.parametrize(
+    ("hosts", "is_loopback"),
+    [
+        ([b"localhost:8080"], True),
+        ([b"127.0.0.1"], True),
+        ([b"[::1]:8080"], True),
+        ([b"localhost.evil.example"], False),
+        ([b"127.0.0.1.evil.example"], False),
+        ([b"user@127.0.0.1"], False),
+        ([b"192.0.2.1"], False),
+        ([b"localhost", b"evil.example"], False),
+        ([], False),
+    ],
+    ids=str,
+)
+def test_I12_only_loopbacks_own_names_are_this_machine(hosts: list[bytes], is_loopback: bool) -> None:
+    assert names_loopback([(b"host", host) for host in hosts]) == is_loopback

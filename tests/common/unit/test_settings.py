@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from scripts.settings_tables import SECTIONS, render
 from shoal_cli.command_app import CommandHelp, new_app
 from shoal_cli.commands.setting_options import NONE_GIVEN, GivenSettings, setting_options
-from shoal_common.errors import BadInput
+from shoal_common.errors import BadInput, Refused
 from shoal_common.messages import decode, encode
 from shoal_common.messages.envelope import Command
 from shoal_common.messages.storage import Configure, StorageState
@@ -79,7 +79,15 @@ def after(command: object) -> StorageSettings | None:
     return outcome(settings)
 
 
-@given(st.sampled_from(changeable(StorageSettings)), VALUES)
+@given(st.sampled_from([s for s in changeable(StorageSettings) if s.usage.is_local]), VALUES)
+def test_I12_no_command_sets_what_names_files_of_the_machine(declared: Setting, value: Any) -> None:
+    body = json.dumps({declared.key: value}).encode()
+    for kind in (Configure, ConfigureBody):
+        with pytest.raises(Refused, match=f"^{declared.key} names directories"):
+            checked_changes(StorageSettings, decode(body, kind))
+
+
+@given(st.sampled_from([s for s in changeable(StorageSettings) if not s.usage.is_local]), VALUES)
 def test_file_command_and_rest_agree_on_every_value(declared: Setting, value: Any) -> None:
     body = json.dumps({declared.key: value}).encode()
     by_command = after(decode(body, Configure))
@@ -288,7 +296,7 @@ def test_memory_settings_are_numbers_above_zero() -> None:
 
 
 def test_an_unknown_key_is_refused_in_the_gateways_section_only() -> None:
-    with pytest.raises(BadInput, match=r"gateway.silence in node.toml is no setting \(known: accept_s, "):
+    with pytest.raises(BadInput, match=r"gateway.silence in node.toml is no setting \(known: tls, accept_s, "):
         read_settings(GatewayTimeouts, {"gateway": {"silence": 5}}, {})
     assert read_settings(GatewayTimeouts, {"gateway": {"silence_s": 5}}, {}).silence_s == 5
     assert read_settings(StorageSettings, {"storage": {"of_next_year": 5}}, {}) == StorageSettings()

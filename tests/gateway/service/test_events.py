@@ -31,7 +31,7 @@ from tests.harness.waiting import eventually
 
 async def test_an_event_is_streamed_with_its_cursor_and_its_emitter(gateway: RunningGateway, fresh: Fresh) -> None:
     node = fresh("node")
-    async with joined(gateway.nats) as here, event_stream(gateway.url, node=node) as stream:
+    async with joined(gateway.nats) as here, event_stream(gateway, node=node) as stream:
         await stream.begun()
         place = await publish_event(here, 7, node)
         await stream.wait_until(lambda s: s.received, "the event")
@@ -51,7 +51,7 @@ async def test_without_a_cursor_a_stream_begins_with_new_events(gateway: Running
     node = fresh("node")
     async with joined(gateway.nats) as here:
         await publish_event(here, 1, node)
-        async with event_stream(gateway.url, node=node) as stream:
+        async with event_stream(gateway, node=node) as stream:
             await stream.begun()
             await publish_event(here, 2, node)
             await stream.wait_until(lambda s: s.received, "an event")
@@ -73,7 +73,7 @@ async def test_filters_name_a_service_a_node_and_an_event(gateway: RunningGatewa
             ({"event": "rejected", "node": other}, [4]),
         ]
         for query, numbers in filters:
-            async with event_stream(gateway.url, None, **query, after=str(begin), follow="false") as stream:
+            async with event_stream(gateway, None, **query, after=str(begin), follow="false") as stream:
                 await stream.over.wait()
                 assert stream.numbers == numbers, query
 
@@ -82,17 +82,17 @@ async def test_a_cursor_resumes_and_the_header_wins_over_the_query(gateway: Runn
     node = fresh("node")
     async with joined(gateway.nats) as here:
         places = [await publish_event(here, number, node) for number in range(5)]
-        async with event_stream(gateway.url, node=node, after=str(places[1]), follow="false") as stream:
+        async with event_stream(gateway, node=node, after=str(places[1]), follow="false") as stream:
             await stream.over.wait()
             assert stream.numbers == [2, 3, 4]
-        async with event_stream(gateway.url, places[3], node=node, last="5", follow="false") as stream:
+        async with event_stream(gateway, places[3], node=node, last="5", follow="false") as stream:
             await stream.over.wait()
             assert stream.numbers == [4]
 
 
 async def test_a_cursor_advances_while_no_matching_event_happens(own_nats: NatsServer, tmp_path: Path) -> None:
     with running_gateway(tmp_path / "home", own_nats) as gateway:
-        async with joined(own_nats) as here, event_stream(gateway.url, service="fetcher") as stream:
+        async with joined(own_nats) as here, event_stream(gateway, service="fetcher") as stream:
             await stream.begun()
             place = await publish_event(here, 1, service="storage")
             # Otherwise a client that follows a rare event would get gaps that do not concern it.
@@ -105,10 +105,10 @@ async def test_since_streams_what_is_as_young_and_then_follows(gateway: RunningG
     async with joined(gateway.nats) as here:
         await publish_event(here, 1, node)
         for since, before in (("10m", [1]), ("0s", [])):
-            async with event_stream(gateway.url, node=node, since=since, follow="false") as stream:
+            async with event_stream(gateway, node=node, since=since, follow="false") as stream:
                 await stream.over.wait()
                 assert stream.numbers == before
-        async with event_stream(gateway.url, node=node, since="1h") as stream:
+        async with event_stream(gateway, node=node, since="1h") as stream:
             await stream.wait_until(lambda s: s.received, "what was")
             await publish_event(here, 2, node)
             await stream.wait_until(lambda s: len(s.received) == 2, "what is")
@@ -123,7 +123,7 @@ async def test_last_streams_as_many_however_rare_they_are(gateway: RunningGatewa
             await publish_event(here, number, node)
             for _ in range(number):
                 await publish_event(here, -1, other)
-        async with event_stream(gateway.url, node=node, last=str(last), follow="false") as stream:
+        async with event_stream(gateway, node=node, last=str(last), follow="false") as stream:
             await stream.over.wait()
             assert stream.numbers == list(range(12))[max(0, 12 - last) :]
 
@@ -135,13 +135,13 @@ async def test_I7_a_cursor_older_than_the_log_gets_a_gap_and_resumes(own_nats: N
             assert (config.max_age, config.max_bytes) == (EVENT_MAX_AGE_S, 64 << 20)
             places = [await publish_event(here, number) for number in range(10)]
             await here.js.purge_stream("EVT", keep=4)
-            async with event_stream(gateway.url, places[2], follow="false") as stream:
+            async with event_stream(gateway, places[2], follow="false") as stream:
                 await stream.over.wait()
             (lost,) = stream.notices("lost")
             assert (lost["after"], lost["lost_first"], lost["lost_last"]) == (places[2], places[3], places[5])
             assert stream.received[0].name == "lost" and stream.received[0].cursor == lost["cursor"] == places[5]
             assert stream.numbers == [6, 7, 8, 9]
-            async with event_stream(gateway.url, places[5], follow="false") as stream:
+            async with event_stream(gateway, places[5], follow="false") as stream:
                 await stream.over.wait()
                 assert not stream.notices("lost") and stream.numbers == [6, 7, 8, 9]
 
@@ -151,7 +151,7 @@ async def test_a_cursor_beyond_the_log_starts_over_with_a_log_reset(own_nats: Na
         async with joined(own_nats) as here:
             for number in range(3):
                 await publish_event(here, number)
-            async with event_stream(gateway.url, 4711, follow="false") as stream:
+            async with event_stream(gateway, 4711, follow="false") as stream:
                 await stream.over.wait()
             assert [n["after"] for n in stream.notices("reset")] == [4711]
             assert stream.numbers == [0, 1, 2]
@@ -159,7 +159,7 @@ async def test_a_cursor_beyond_the_log_starts_over_with_a_log_reset(own_nats: Na
 
 async def test_a_restart_of_nats_loses_and_repeats_no_event(own_nats: NatsServer, tmp_path: Path) -> None:
     with running_gateway(tmp_path / "home", own_nats) as gateway:
-        async with event_stream(gateway.url) as stream:
+        async with event_stream(gateway) as stream:
             await stream.begun()
             for life in range(3):
                 async with joined(own_nats) as here:
@@ -176,7 +176,7 @@ async def test_a_restart_of_nats_loses_and_repeats_no_event(own_nats: NatsServer
 
 async def test_a_stream_survives_a_lost_nats_store_and_reports_it(own_nats: NatsServer, tmp_path: Path) -> None:
     with running_gateway(tmp_path / "home", own_nats) as gateway:
-        async with event_stream(gateway.url) as stream:
+        async with event_stream(gateway) as stream:
             await stream.begun()
             async with joined(own_nats) as here:
                 await publish_event(here, 0)
@@ -194,7 +194,7 @@ async def test_a_stream_survives_a_lost_nats_store_and_reports_it(own_nats: Nats
 async def test_a_client_of_a_killed_gateway_resumes_at_another(own_nats: NatsServer, tmp_path: Path) -> None:
     async with joined(own_nats) as here:
         with running_gateway(tmp_path / "one", own_nats, node="one") as gateway:
-            async with event_stream(gateway.url) as stream:
+            async with event_stream(gateway) as stream:
                 await stream.begun()
                 await publish_event(here, 0)
                 await stream.wait_until(lambda s: s.numbers == [0], "the first")
@@ -202,7 +202,7 @@ async def test_a_client_of_a_killed_gateway_resumes_at_another(own_nats: NatsSer
                 await asyncio.wait_for(stream.over.wait(), READ_DEADLINE_S)
         await publish_event(here, 1)
         with running_gateway(tmp_path / "two", own_nats, node="two") as gateway:
-            async with event_stream(gateway.url, stream.cursor) as again:
+            async with event_stream(gateway, stream.cursor) as again:
                 await publish_event(here, 2)
                 await again.wait_until(lambda s: 2 in s.numbers, "the last")
                 assert again.numbers == [1, 2]
@@ -210,7 +210,7 @@ async def test_a_client_of_a_killed_gateway_resumes_at_another(own_nats: NatsSer
 
 async def test_a_gateway_that_stops_ends_its_streams_with_their_cursor(own_nats: NatsServer, tmp_path: Path) -> None:
     with running_gateway(tmp_path / "home", own_nats) as gateway:
-        async with joined(own_nats) as here, event_stream(gateway.url) as stream:
+        async with joined(own_nats) as here, event_stream(gateway) as stream:
             await stream.begun()
             place = await publish_event(here, 0)
             await stream.wait_until(lambda s: s.received, "the first")
@@ -229,7 +229,10 @@ async def test_I7_a_client_that_does_not_read_is_ended_with_its_cursor(own_nats:
             with socket.socket() as client:
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
                 client.connect((address.hostname, address.port))
-                client.sendall(b"GET /events HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+                credential = f"Authorization: {gateway.key['Authorization']}".encode()
+                client.sendall(
+                    b"GET /events HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n%b\r\n\r\n" % credential
+                )
 
                 async def listens() -> bool:
                     return await consumers(here) == 1
@@ -250,7 +253,7 @@ async def test_I7_a_client_that_does_not_read_is_ended_with_its_cursor(own_nats:
             assert "event: ended" in frames[-1] and f'"cursor":{cursors[-2]},' in frames[-1]
             # All of it would be 30 MB: only the contents of sockets and one buffer were sent.
             assert cursors[:-1] == list(range(1, len(frames))) and len(frames) < 50
-            async with event_stream(gateway.url, cursors[-1], follow="false") as stream:
+            async with event_stream(gateway, cursors[-1], follow="false") as stream:
                 await stream.over.wait()
                 assert stream.numbers == list(range(len(frames) - 1, 60))
 
@@ -269,7 +272,7 @@ async def test_I8_a_client_that_disconnects_takes_its_consumer_along(gateway: Ru
             return await consumers(here) == 0
 
         await eventually(gone, "no consumer is left of other tests")
-        async with event_stream(gateway.url) as stream:
+        async with event_stream(gateway) as stream:
             await stream.begun()
             (consumer,) = await here.js.consumers_info("EVT")
             assert consumer.config.inactive_threshold == log_reader.CONSUMER_INACTIVE_TIMEOUT_S
@@ -315,16 +318,21 @@ async def test_a_deleted_consumer_is_recreated_without_loss(own_nats: NatsServer
 
 async def test_I7_only_so_many_clients_follow_at_a_time(own_nats: NatsServer, tmp_path: Path) -> None:
     with running_gateway(tmp_path / "home", own_nats) as gateway:
-        async with AsyncExitStack() as streams, httpx2.AsyncClient(base_url=gateway.url, trust_env=False) as http:
+        async with (
+            AsyncExitStack() as streams,
+            httpx2.AsyncClient(base_url=gateway.url, trust_env=False, headers=gateway.key) as http,
+        ):
             for _ in range(MAX_CLIENTS):
-                stream = await streams.enter_async_context(event_stream(gateway.url))
+                stream = await streams.enter_async_context(event_stream(gateway))
                 await stream.begun()
             assert error_of(await http.get("/events"), 429)["code"] == "busy"
             assert (await http.head("/events")).status_code == 429
 
 
 async def test_a_malformed_event_query_is_refused_before_streaming(gateway: RunningGateway) -> None:
-    async with httpx2.AsyncClient(base_url=gateway.url, timeout=READ_DEADLINE_S, trust_env=False) as http:
+    async with httpx2.AsyncClient(
+        base_url=gateway.url, timeout=READ_DEADLINE_S, trust_env=False, headers=gateway.key
+    ) as http:
         for query, param in (
             ({"after": "-1"}, "after"),
             ({"after": "9" * 30}, "after"),
@@ -351,7 +359,7 @@ async def test_whatever_was_published_as_an_event_can_be_streamed(gateway: Runni
     async with joined(gateway.nats) as here:
         for body in bodies:
             await here.js.publish(f"shoal.v1.evt.storage.{node}.told", body)
-        async with event_stream(gateway.url, node=node, last="9", follow="false") as stream:
+        async with event_stream(gateway, node=node, last="9", follow="false") as stream:
             await stream.over.wait()
     assert [h.data["fields"] for h in stream.received] == [
         {"text": "�\n\nid: 1\n\n"},
@@ -376,13 +384,13 @@ async def test_a_service_that_starts_is_current_without_the_log(
         await publish_event(here, 1, event="model_ready")
         await (here.js.purge_stream("EVT") if how == "purged" else here.js.delete_stream("EVT"))
         with running_gateway(tmp_path / "home", own_nats) as gateway:
-            async with httpx2.AsyncClient(base_url=gateway.url, trust_env=False) as http:
+            async with httpx2.AsyncClient(base_url=gateway.url, trust_env=False, headers=gateway.key) as http:
                 status = (await http.get("/v1/status")).json()
             assert [m["model"] for m in status["models"]] == [held.model]
             assert [(d["model"], d["phase"], d["done_bytes"]) for d in status["downloads"]] == [
                 ("org/n", "fetching", 5)
             ]
-            async with event_stream(gateway.url) as stream:
+            async with event_stream(gateway) as stream:
                 await stream.begun()
                 await publish_event(here, 2)
                 await stream.wait_until(lambda s: s.numbers == [2], "the log goes on")

@@ -22,5 +22,5 @@ def test_a_gateway_left_broken_by_a_test_serves_the_next(
     else:
         gateway.process.send_signal(number)
         eventually(lambda: not is_at_work(gateway.process), "the signal has arrived")
-    answer = httpx2.get(f"{shared_gateway.running().url}/v1/status", timeout=15)
+    answer = httpx2.get(f"{shared_gateway.running().url}/v1/status", timeout=15, headers=shared_gateway.running().key)
     assert answer.is_success, answer.text

@@ -17,6 +17,7 @@ from shoal_common.messages.storage import (
     EvictionPlan,
     Pin,
     PlanEviction,
+    Reload,
     StorageState,
     Verify,
     Victim,
@@ -26,7 +27,13 @@ from shoal_common.rpc.request_reply import RpcEndpoint, serve
 from tests.gateway.fake_cluster import Cluster, cluster, error_of
 from tests.gateway.running_gateway import NODE, RunningGateway
 
-KINDS: dict[str, type[Command]] = {"configure": Configure, "pin": Pin, "gc": CollectGarbage, "verify": Verify}
+KINDS: dict[str, type[Command]] = {
+    "configure": Configure,
+    "reload": Reload,
+    "pin": Pin,
+    "gc": CollectGarbage,
+    "verify": Verify,
+}
 
 
 async def storage(c: Cluster, node: str, verb: str) -> list[Command]:
@@ -88,9 +95,7 @@ async def test_storage_lists_every_disk_with_its_last_published_state(gateway: R
         ),
         ("PUT", "/storage/config", "configure", {"max_storage_bytes": None}, {"max_storage_bytes": None}),
         ("PUT", "/v1/storage/config", "configure", {"headroom_bytes": 0, "id": "x"}, {"headroom_bytes": 0}),
-        ("PUT", "/storage/config", "configure", {"libraries": ["/a"]}, {"libraries": ["/a"]}),
-        ("PUT", "/storage/config", "configure", {"libraries": []}, {"libraries": []}),
-        ("PUT", "/storage/config", "configure", {"volumes": ["/b"]}, {"volumes": ["/b"]}),
+        ("POST", "/v1/storage/reload", "reload", {}, {}),
         ("POST", "/v1/storage/pins", "pin", {"model": "org/m"}, {"model": "org/m"}),
         ("POST", "/v1/storage/pins", "pin", {"model": "org/m", "pinned": False}, {"model": "org/m", "pinned": False}),
         ("POST", "/v1/storage/gc", "gc", {}, {}),
@@ -174,6 +179,18 @@ async def test_a_dry_run_asks_storage_and_answers_with_its_plan(gateway: Running
         "protected": {},
         "ended_downloads": [],
     }
+
+
+@pytest.mark.parametrize("path", ["/v1/storage/config", "/storage/config"])
+@pytest.mark.parametrize("setting", [{"libraries": ["/home"]}, {"libraries": []}, {"volumes": ["/b"]}], ids=str)
+async def test_I12_directories_of_a_machine_are_not_set_over_HTTP(
+    gateway: RunningGateway, path: str, setting: dict[str, list[str]]
+) -> None:
+    async with cluster(gateway) as c:
+        asked = await storage(c, NODE, "configure")
+        error = error_of(await c.http.put(path, json={"headroom_bytes": 1, **setting}), 409)
+        assert "shoal storage set" in error["message"] and error["param"] in setting
+        assert asked == []
 
 
 @pytest.mark.parametrize(

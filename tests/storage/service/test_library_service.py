@@ -228,13 +228,15 @@ async def test_library_settings_follow_the_environment_and_are_checked(
             state = await node.storage_state()
             assert [r.path for r in state.libraries] == [str(one), str(two)]
             assert "libraries" in state.overridden_by_env
-            refused = await node.command("configure", Configure(libraries=[]))
-            assert refused.error is not None and "unset SHOAL_LIBRARIES" in refused.error.message
+            applied = await node.set_directories(libraries=[two])
+            assert applied.ok and applied.result["libraries"] == [str(one), str(two)]
+            assert "libraries" in applied.result["overridden_by_env"]
+            await node.set_directories(libraries=[])
         async with listening(node):
             assert await node.model_state(THEIRS) is None
             text = (node.home / "node.toml").read_text()
             for bad in (["relative"], [str(node.layout.root)], [str(tmp_path)], ["/x\n"]):
-                outcome = await node.command("configure", Configure(libraries=bad))
+                outcome = await node.set_directories(libraries=bad)
                 assert outcome.error is not None and outcome.error.code == "bad_input", bad
             assert (node.home / "node.toml").read_text() == text
 

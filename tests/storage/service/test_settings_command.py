@@ -14,7 +14,7 @@ from shoal_common.bus import subjects
 from shoal_common.errors import BadInput, QuotaExceeded, Refused
 from shoal_common.messages import decode, encode
 from shoal_common.messages.envelope import Outcome
-from shoal_common.messages.storage import Configure
+from shoal_common.messages.storage import Configure, Reload
 from shoal_common.settings.node import StorageSettings
 from shoal_storage.settings import requested_changes, settings_warning
 from tests.harness.fresh import Fresh
@@ -234,3 +234,40 @@ def test_a_settings_warning_is_given_only_when_needed() -> None:
     assert "until models are removed" in settings_warning(fits, 60, 41, 10)
     assert "new downloads evict models first" in settings_warning(StorageSettings(100, 10, "lru"), 101, 0, 10)
     assert "9 B free, less than the headroom of 10 B" in settings_warning(StorageSettings(None, 10), 0, 0, 9)
+
+
+async def test_I12_directories_are_set_in_the_nodes_file_alone(
+    nats: NatsServer, fresh: Fresh, tmp_path: Path
+) -> None:
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    async with on_node(nats, tmp_path, fresh("storage")) as node:
+        path = with_file(node)
+        async with node.storage(**FREE):
+            before = path.read_text()
+            for key, paths in (("libraries", [str(theirs)]), ("volumes", [str(theirs)]), ("libraries", [])):
+                outcome = await configure(node, {"headroom_bytes": 5, key: paths})
+                assert outcome.error is not None and outcome.error.code == "refused", key
+                assert "only its owner" in outcome.error.message
+            state = await node.storage_state()
+            assert path.read_text() == before and not state.libraries and not state.volumes
+            applied = await node.set_directories(libraries=[theirs])
+            assert applied.ok and applied.result["libraries"] == [str(theirs)]
+            assert (await node.storage_state()).libraries[0].path == str(theirs)
+
+
+async def test_a_settings_file_that_cannot_be_used_changes_nothing(
+    nats: NatsServer, fresh: Fresh, tmp_path: Path
+) -> None:
+    async with on_node(nats, tmp_path, fresh("storage")) as node:
+        path = with_file(node)
+        async with node.storage(**FREE):
+            state = await node.storage_state()
+            for text, expected in (
+                ("[storage]\nheadroom_bytes = -1\n", "headroom_bytes"),
+                ("[stor", "cannot be read"),
+            ):
+                path.write_text(text)
+                outcome = await node.command("reload", Reload())
+                assert outcome.error is not None and expected in outcome.error.message
+            assert (await node.storage_state()).headroom_bytes == state.headroom_bytes

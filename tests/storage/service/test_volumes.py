@@ -47,13 +47,13 @@ class Machine:
 
     async def configure(self, *volumes: Path) -> None:
         """Set the volumes."""
-        outcome = await self.node.command("configure", Configure(volumes=[str(root) for root in volumes]))
+        outcome = await self.node.set_directories(volumes=volumes)
         assert outcome.ok, outcome.error
 
     async def refused(self, *volumes: Path, code: str = "bad_input") -> str:
         """The refusal of volumes that cannot be used."""
         before = await self.state()
-        outcome = await self.node.command("configure", Configure(volumes=[str(root) for root in volumes]))
+        outcome = await self.node.set_directories(volumes=volumes)
         assert outcome.error is not None and outcome.error.code == code, outcome
         assert await self.state() == before
         return outcome.error.message
@@ -252,8 +252,8 @@ async def test_impossible_volumes_are_refused_with_the_reason(nats: NatsServer, 
         assert "overlap" in await m.refused(m.disk.at / "a", m.disk.at / "a" / "b")
         assert "the same file system as" in await m.refused(m.disk.at / "a", m.disk.at / "b")
         (m.disk.at / "models").mkdir()
-        both = Configure(volumes=[str(m.disk.at / "models" / "x")], libraries=[str(m.disk.at / "models")])
-        outcome = await m.node.command("configure", both)
+        inside, around = m.disk.at / "models" / "x", m.disk.at / "models"
+        outcome = await m.node.set_directories(volumes=[inside], libraries=[around])
         assert outcome.error is not None and "the library" in outcome.error.message
         (m.disk.at / "VERSION").write_text("1")
         assert "is a store" in await m.refused(m.disk.at)
@@ -269,7 +269,7 @@ async def test_a_volume_on_the_stores_own_disk_is_refused(nats: NatsServer, fres
         here = tmp_path / "unmounted"
         here.mkdir()
         async with node.storage():
-            outcome = await node.command("configure", Configure(volumes=[str(here)]))
+            outcome = await node.set_directories(volumes=[here])
             assert outcome.error is not None and "the same file system as the store" in outcome.error.message
         async with node.storage(SHOAL_VOLUMES=str(here)):
             (root,) = (await node.storage_state()).volumes

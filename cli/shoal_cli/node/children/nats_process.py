@@ -8,6 +8,7 @@ import shutil
 import ssl
 import sys
 import sysconfig
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -118,20 +119,26 @@ async def read_info(host: str, port: int, tls: ssl.SSLContext | None = None) -> 
     return line
 
 
+async def _is_nats(host: str, port: int) -> bool:
+    for tls in (unverified_context(), None):
+        with suppress(OSError, TimeoutError, ValueError):
+            await read_info(host, port, tls)
+            return True
+    return False
+
+
 async def check_port_is_free(bind: str, port: int) -> None:
     """Raise Refused, naming who has the port and what to do, when the server could not listen there."""
     reason = bind_problem(bind, port)
     if reason is None:
         return
     address = f"{bracketed(local_address(bind))}:{port}"
-    try:
-        await read_info(local_address(bind), port)
-    except (OSError, TimeoutError, ValueError):
+    if not await _is_nats(local_address(bind), port):
         raise Refused(
             f"NATS cannot listen on {bracketed(bind)}:{port} ({reason}): {holder_of(port)}; stop that program, or "
             "choose another port with --nats-port (0: any)",
             port=port,
-        ) from None
+        )
     raise Refused(
         f"a NATS server already listens on {address} ({holder_of(port)}): join its cluster "
         f"with `shoal join {address}` and a code of `shoal invite`, or run another one beside it with --nats-port 0",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -12,6 +11,8 @@ import httpx2
 
 from shoal_cli.node.children import nats_process
 from shoal_cli.node_home import Home
+from shoal_common.identity.certificates import node_host
+from shoal_common.identity.tls import client_context
 
 _MAX_DATAGRAM_BYTES = 8192
 _HEALTH_INTERVAL_S = 0.1
@@ -67,22 +68,22 @@ class SdNotifyReadiness:
 
 
 class HttpHealthReadiness:
-    """The gateway's GET /health."""
+    """The gateway's GET /health. `authority`: whose certificate it shows over https."""
 
-    def __init__(self, gateway: str, headers: Mapping[str, str]) -> None:
-        self._gateway, self._headers = gateway, headers
+    def __init__(self, gateway: str, node: str, authority: bytes) -> None:
+        self._gateway, self._host, self._authority = gateway, node_host(node), authority
 
     def reset(self) -> None:
         """Nothing to drop: each wait asks."""
 
     async def wait(self, pid: int) -> None:
         """Return once it answers with success."""
-        async with httpx2.AsyncClient(
-            trust_env=False, timeout=_HEALTH_TIMEOUT_S, headers=dict(self._headers)
-        ) as http:
+        verify = client_context(self._authority) if self._authority else False
+        async with httpx2.AsyncClient(trust_env=False, timeout=_HEALTH_TIMEOUT_S, verify=verify) as http:
             while True:
                 try:
-                    if (await http.get(f"{self._gateway}/health")).is_success:
+                    answer = await http.get(f"{self._gateway}/health", extensions={"sni_hostname": self._host})
+                    if answer.is_success:
                         return
                 except httpx2.TransportError:
                     pass

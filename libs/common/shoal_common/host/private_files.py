@@ -6,9 +6,11 @@ creates before such a process runs, and for what an older version left readable 
 
 from __future__ import annotations
 
+import fcntl
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from shoal_common.errors import BadInput
@@ -21,11 +23,12 @@ PRIVATE_UMASK = 0o077
 DIRECTORY_MODE = 0o700
 FILE_MODE = 0o600
 
-_HOME_DIRECTORIES = ("log", "run", "nats", "store")
+_HOME_DIRECTORIES = ("log", "run", "nats", "store", "identity", "operator")
+_PRIVATE_CONTENTS = ("log", "identity", "operator")
 _HOME_FILES = (
     "node.toml",
     "node.id",
-    "secret",
+    "api.key",
     "chat_history",
     "device.json",
     "environment",
@@ -52,10 +55,9 @@ def make_home(home: Path) -> None:
 
 def private_paths(home: Path) -> list[Path]:
     """Return what is in a home and should be its owner's alone; not all of it exists."""
-    logs = home / "log"
     return [
         *(home / name for name in (*_HOME_DIRECTORIES, *_HOME_FILES)),
-        *(sorted(logs.iterdir()) if logs.is_dir() else ()),
+        *(file for name in _PRIVATE_CONTENTS if (home / name).is_dir() for file in sorted((home / name).iterdir())),
     ]
 
 
@@ -78,3 +80,14 @@ def deny_others(paths: Iterable[Path]) -> None:
 def open_private(path: Path, flags: int) -> int:
     """Open a file by os.open; a new one is its owner's alone, whatever the umask."""
     return os.open(path, flags | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
+
+
+@contextmanager
+def directory_locked(directory: Path) -> Iterator[None]:
+    """Hold the lock under which files of this directory are read and then replaced; waits for the current holder."""
+    fd = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, TypeVar, cast
 
 from uvicorn._types import ASGI3Application
@@ -21,7 +21,8 @@ from shoal_common.http import connection_eviction
 from shoal_common.http.bounds import HttpBounds
 from shoal_common.http.connection_eviction import ConnectionInfo
 from shoal_common.http.errors import BodyTooSlow, HeadTooLarge, TooLarge
-from shoal_common.http.host_rule import host_error
+from shoal_common.http.host_rule import host_error, names_loopback
+from shoal_common.http.same_user import is_forwarded, is_same_user
 from shoal_common.logs import StructuredLogger
 
 log = StructuredLogger("http")
@@ -44,6 +45,8 @@ _PIECE_BYTES = 16 << 10
 _HEAD_TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 _BODY_ERROR = "shoal.body_error"
 """Key in a request's state of the error that its body met."""
+OWN_REQUEST = "shoal.own_request"
+"""Key in a request's state: whether a process of this user sent it, from this machine (`is_own_request`)."""
 
 
 class HttpRules:
@@ -129,6 +132,19 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         """Address of the client."""
         return self.client[0] if self.client else ""
 
+    @cached_property
+    def _is_same_user(self) -> bool:
+        connection = self.transport.get_extra_info("socket")
+        return connection is not None and is_same_user(connection)
+
+    def is_own_request(self) -> bool:
+        """Return whether this user's own process sent this request, and for nobody else.
+
+        Such a request needs no key. A page whose host name resolves to 127.0.0.1 (DNS rebinding) makes a browser of
+        this user send requests too: they name that host.
+        """
+        return names_loopback(self.headers) and not is_forwarded(self.headers) and self._is_same_user
+
     # A request's head
 
     def _expect_head(self) -> None:
@@ -189,6 +205,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             return
         if error is None:
             self.app = cast(ASGI3Application, self.config.loaded_app)
+            self.scope["state"][OWN_REQUEST] = self.is_own_request()
         else:
             self.app, self.url = self.rules.respond(error), b"/"  # the target may be one that uvicorn cannot parse
         super().on_headers_complete()

@@ -35,6 +35,12 @@ def host_error(target: bytes, headers: Iterable[tuple[bytes, bytes]], loopback_o
     return None
 
 
+def names_loopback(headers: Iterable[tuple[bytes, bytes]]) -> bool:
+    """Return whether a request was sent to this machine's own name: no page of another name sends that."""
+    hosts = [value for name, value in headers if name == b"host"]
+    return len(hosts) == 1 and _is_loopback_name(_hostname(hosts[0]))
+
+
 @lru_cache(_CACHED_HOSTS)
 def _hostname(host: bytes) -> str:
     found = _HOST.fullmatch(host.decode("latin-1"))

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
-from shoal_common.errors import BadInput
+from shoal_common.errors import BadInput, Denied, Refused
 from shoal_common.host.file_kinds import read_text_file
 from shoal_common.host.private_files import make_private_directory, open_private
 from shoal_common.identity import certificates
@@ -49,6 +49,16 @@ class NodeIdentity:
     def is_member(self) -> bool:
         """Whether the node belongs to a cluster."""
         return self.certificate_file.exists() and self.authority_file.exists()
+
+    def require_own(self) -> None:
+        """Raise Refused if these are the keys of another node: the home is a copy that got another id."""
+        try:
+            certificates.public_key_of(self.certificate, self.authority, self.node)
+        except Denied:
+            raise Refused(
+                f"{self.directory} has the keys of another node than {self.node}: put the id back into node.toml, or "
+                "remove the directories identity and operator beside it for a node with keys of its own"
+            ) from None
 
     def create(self) -> None:
         """Make the keys that are missing."""

@@ -351,12 +351,16 @@ class Delete(Command):
 class Configure(_Changes):
     """`cmd.storage.<node>.configure`: change this node's storage settings now and in its file (settings.md).
 
-    Fields left out keep their value. A list replaces the one before; an empty one removes it.
+    Fields left out keep their value. `libraries` and `volumes` are refused: they are set on the node itself.
     """
 
     if TYPE_CHECKING:  # whose checkers do not see the fields
 
         def __init__(self, **fields: Any) -> None: ...
+
+
+class Reload(Command):
+    """`cmd.storage.<node>.reload`: read this node's storage settings from its file again, and apply them now."""
 
 
 class Pin(Command):

@@ -64,6 +64,7 @@ class Usage(msgspec.Struct, frozen=True):
     remove_flag: CliFlag | None
     has_variable: bool
     is_changeable: bool
+    is_local: bool
 
 
 def setting(
@@ -75,14 +76,17 @@ def setting(
     remove_flag: CliFlag | None = None,
     has_variable: bool = True,
     is_changeable: bool = False,
+    is_local: bool = False,
 ) -> Meta:
     """Return the annotation that makes a field of a `Section` a setting.
 
     `example` is a value as people write it, and `unset` says what holds where there is none. `flag` sets it on the
     command line; of a list it adds a directory, and `remove_flag` removes one. A variable of the environment
-    overrides node.toml. What is changeable is a field of the command `configure`; the rest is read at start.
+    overrides node.toml. What is changeable is changed while the node runs: by the command `configure` or, if it is
+    local, in node.toml alone, followed by `reload`: what names files of the machine is its owner's. The rest is read
+    at start.
     """
-    usage = Usage(example, unset, flag, remove_flag, has_variable, is_changeable)
+    usage = Usage(example, unset, flag, remove_flag, has_variable, is_changeable, is_local)
     return Meta(description=description, extra={"usage": usage})
 
 

@@ -18,6 +18,7 @@ from shoal_common.settings.declaration import (
 )
 
 EvictionPolicy = Literal["manual", "lru"]
+TlsMode = Literal["auto", "off"]
 
 
 class TransferSettings(Section, frozen=True, kw_only=True):
@@ -112,6 +113,7 @@ class StorageSettings(PublishedSettings, frozen=True, kw_only=True):
             ),
             remove_flag=CliFlag("--remove-library", "stop serving this directory"),
             is_changeable=True,
+            is_local=True,
         ),
     ] = ()
     volumes: Annotated[
@@ -125,6 +127,7 @@ class StorageSettings(PublishedSettings, frozen=True, kw_only=True):
                 "--remove-volume", "stop using this directory; its files stay, its models are not served"
             ),
             is_changeable=True,
+            is_local=True,
         ),
     ] = ()
     ballast_bytes: Annotated[
@@ -155,6 +158,20 @@ class InferenceSettings(Section, frozen=True, kw_only=True):
     memory_bytes_per_s: Annotated[
         Bandwidth | None, setting("memory bandwidth of this machine", example="400GB", unset="measured")
     ] = None
+
+
+class TlsSettings(Section, frozen=True, kw_only=True):
+    """Whether the gateway speaks TLS: read by the gateway, and by those who publish its URL."""
+
+    section: ClassVar[str] = "gateway"
+
+    tls: Annotated[
+        TlsMode,
+        setting(
+            "TLS beyond loopback, with the node's certificate; off: for a reverse proxy with one of its own",
+            has_variable=False,
+        ),
+    ] = "auto"
 
 
 class PortSettings(Section, frozen=True, kw_only=True):

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from shoal_common.errors import BadInput
+from shoal_common.errors import BadInput, Refused
 from shoal_common.settings.declaration import Section, Setting, Value, settings_of
 
 S = TypeVar("S", bound=Section)
@@ -103,12 +103,19 @@ def changeable(kind: type[Section]) -> tuple[Setting, ...]:
 def checked_changes(kind: type[Section], command: object) -> dict[str, Value]:
     """Return what a command changes, by key; None takes a value back.
 
-    Raises BadInput for a wrong value, and for a command that changes nothing.
+    Raises BadInput for a wrong value and for a command that changes nothing, Refused for a setting of the owner.
     """
     settings = changeable(kind)
     given = [(s, value) for s in settings if (value := getattr(command, s.key)) is not msgspec.UNSET]
+    if local := [s.key for s, _ in given if s.usage.is_local]:
+        raise Refused(
+            f"{local[0]} names directories of the node's machine, which only its owner may: use `shoal storage set` "
+            "on the node itself, or edit its node.toml and send `reload`; nothing was changed",
+            param=local[0],
+        )
     if not given:
-        raise BadInput(f"there is nothing to change: give at least one of {', '.join(s.key for s in settings)}")
+        names = ", ".join(s.key for s in settings if not s.usage.is_local)
+        raise BadInput(f"there is nothing to change: give at least one of {names}")
     return {s.key: _plain(check_value(s, value, s.key)) for s, value in given}
 
 

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from shoal_common import VERSION
 from shoal_common.errors import NotFound
 from shoal_gateway.cluster.status_view import LocalNetwork, status_view
-from shoal_gateway.context import gateway_of
+from shoal_gateway.context import gateway_of, has_login
 from shoal_gateway.rest.http_json import json_response
 from shoal_gateway.rest.routing import route
 
@@ -26,11 +26,12 @@ _PAGE_HEADERS = {
     "Referrer-Policy": "no-referrer",
 }
 _PAGE = resources.files("shoal_gateway").joinpath("static/index.html").read_bytes()
+_PAGE_OF_A_LOGIN = _PAGE.replace(b'<button id="logout" hidden>', b'<button id="logout">')
 
 
-async def page(_request: Request) -> Response:
+async def page(request: Request) -> Response:
     """`GET /`: the status page."""
-    return Response(_PAGE, 200, _PAGE_HEADERS, "text/html")
+    return Response(_PAGE_OF_A_LOGIN if has_login(request) else _PAGE, 200, _PAGE_HEADERS, "text/html")
 
 
 async def health(request: Request) -> Response:

@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from shoal_common.errors import BadInput
 from shoal_common.messages.envelope import Command
-from shoal_common.messages.storage import CollectGarbage, Configure, EvictionPlan, Pin, PlanEviction, Verify
+from shoal_common.messages.storage import CollectGarbage, Configure, EvictionPlan, Pin, PlanEviction, Reload, Verify
 from shoal_common.names import ModelRef
 from shoal_common.rpc.command_client import new_command_id
 from shoal_common.settings.node import StorageSettings
@@ -27,6 +27,13 @@ _MAX_BYTES = (1 << 63) - 1
 
 class ConfigureBody(Configure):
     """The body of `PUT /v1/storage/config`: the `configure` command and its nodes."""
+
+    node: str | None = None
+    nodes: NodeSelection = None
+
+
+class ReloadBody(Reload):
+    """The body of `POST /v1/storage/reload`: the `reload` command and its nodes."""
 
     node: str | None = None
     nodes: NodeSelection = None
@@ -64,6 +71,12 @@ async def configure(request: Request) -> Response:
     body = await read_body_as(request, ConfigureBody)
     command = Configure(**checked_changes(StorageSettings, body), deadline_s=body.deadline_s)
     return await _on_nodes(request, "configure", command, body.node, body.nodes)
+
+
+async def reload(request: Request) -> Response:
+    """`POST /v1/storage/reload`."""
+    body = await read_body_as(request, ReloadBody)
+    return await _on_nodes(request, "reload", Reload(deadline_s=body.deadline_s), body.node, body.nodes)
 
 
 async def pin(request: Request) -> Response:
@@ -126,6 +139,7 @@ ROUTES = [
     route("/v1/storage/config", PUT=configure),
     # The path of other systems, so that scripts written for them work.
     route("/storage/config", PUT=configure),
+    route("/v1/storage/reload", POST=reload),
     route("/v1/storage/plan", GET=plan),
     route("/v1/storage/pins", POST=pin),
     route("/v1/storage/gc", POST=collect_garbage),

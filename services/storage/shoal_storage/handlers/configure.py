@@ -1,4 +1,4 @@
-"""The command `configure`: changes storage's settings, first in their file and then in force."""
+"""The commands `configure` and `reload`: storage's settings changed, first in their file and then in force."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 
 from shoal_common.concurrency.threads import start_daemon_call
 from shoal_common.logs import StructuredLogger
-from shoal_common.messages.storage import Configure
+from shoal_common.messages.storage import Configure, Reload
 from shoal_common.settings.declaration import Value
 from shoal_common.settings.node import StorageSettings
 from shoal_common.settings.values import by_section, changeable, overridden_by_env, read_settings, values_by_key
@@ -23,7 +23,7 @@ CONFIGURE_DEADLINE_S = 30.0
 
 
 class ConfigureCommand:
-    """Handles `configure`. Changes are applied one at a time."""
+    """Handles `configure` and `reload`. Changes are applied one at a time."""
 
     def __init__(self, context: StorageContext, volumes: VolumeManager, libraries: LibraryService) -> None:
         self._context, self._service = context, context.service
@@ -36,6 +36,10 @@ class ConfigureCommand:
         # Once begun it completes, even past the command's deadline: the file and the settings in force stay equal.
         return await self._context.service.detached.run(self._change(changes))
 
+    async def reload(self, _: Reload, __: str) -> dict[str, object]:
+        """Apply what a person has written into the file. Raises BadInput for what cannot be used."""
+        return await self._context.service.detached.run(self._change({}))
+
     async def _change(self, changes: dict[str, Value]) -> dict[str, object]:
         async with self._lock:
             settings = await start_daemon_call(self._write, changes)  # it looks at volumes, which may hang
@@ -46,7 +50,7 @@ class ConfigureCommand:
             values = values_by_key(settings)
             if changed := {name: value for name, value in values.items() if value != before[name]}:
                 await self._context.events.emit("settings_changed", settings=changed)
-        log.info("settings changed", **changes)
+        log.info("settings changed", **changed)
         ledger, free = self._context.ledger, await asyncio.to_thread(self._context.store.free_bytes)
         warning = settings_warning(settings, ledger.used_bytes, ledger.reserved_bytes, free)
         result: dict[str, object] = {
