@@ -157,6 +157,7 @@ async def _read(
 
             async def on_bytes(count: int) -> None:
                 progress.record_received(source, count, file.path)
+                progress.check_stalled(file.path, None)  # bytes may trickle in for ever
 
             def missing() -> int:
                 return partial.all_leaves & ~partial.written

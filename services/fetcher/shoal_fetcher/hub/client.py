@@ -11,12 +11,11 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from itertools import islice
 from pathlib import PurePosixPath
-from typing import Any
 from urllib.parse import quote
 
 import httpx2
 import msgspec
-from huggingface_hub import HfApi, set_client_factory
+from huggingface_hub import HfApi
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -32,14 +31,15 @@ from shoal_common.errors import BadInput, BadName, Denied, Expired, HubUnavailab
 from shoal_common.messages.manifest import Manifest, ManifestFile
 from shoal_common.names import ModelRef, check_blob, check_commit, check_file_path, is_commit
 from shoal_fetcher.errors import RateLimited
-from shoal_fetcher.hub import range_reader
-from shoal_fetcher.hub.cache import ETagCache, HubBackoff, ListingCache
+from shoal_fetcher.hub.cache import HubBackoff, ListingCache
+from shoal_fetcher.hub.listing import HubCalls
 from shoal_fetcher.hub.range_reader import Body, HttpSource, hub_source, read_range, retry_after_s
 
 DEFAULT_ENDPOINT = "https://huggingface.co"
 MAX_FILES = 4000
 """A download's state names each blob and must fit in one message of 1 MiB."""
 _LISTING_TIMEOUT_S = 60.0
+"""For both calls of the library, and for callers who join a call of another."""
 _MAX_FILE_BYTES = 1 << 50
 
 
@@ -65,38 +65,6 @@ class HubSettings(msgspec.Struct, frozen=True):
         )
 
 
-class _ListingClient(httpx2.Client):
-    """The HTTP client given to huggingface_hub, whose own has no timeout and retries for minutes in a thread.
-
-    Here a failure is one of our errors at once, and waiting is up to the download, which publishes it.
-    """
-
-    def __init__(self, source: HttpSource, backoff: HubBackoff, answers: ETagCache) -> None:
-        super().__init__(
-            follow_redirects=True,
-            timeout=httpx2.Timeout(range_reader.SILENCE_TIMEOUT_S, connect=range_reader.CONNECT_TIMEOUT_S),
-        )
-        self._source, self._backoff, self._answers = source, backoff, answers
-
-    def send(self, request: httpx2.Request, **kwargs: Any) -> httpx2.Response:
-        """Send a request, unless the hub has asked us to wait."""
-        self._backoff.check(self._source.name)
-        if "/revision/" in request.url.path:
-            self._answers.add_etag(request)
-        try:
-            response = super().send(request, **kwargs)
-        except range_reader.HTTP_ERRORS as e:
-            raise range_reader.map_http_error(e, self._source) from e
-        if response.status_code == 429 or response.status_code >= 500:
-            response.close()
-            try:
-                range_reader.raise_for_status(response.status_code, response.headers, self._source)
-            except RateLimited as e:
-                self._backoff.record(e)
-                raise
-        return self._answers.resolve(request, response) if "/revision/" in request.url.path else response
-
-
 class HubClient:
     """Resolves models and reads their files."""
 
@@ -104,10 +72,9 @@ class HubClient:
         self._settings, self._client = settings, client
         self._source = hub_source(settings.endpoint)
         self._api = HfApi(endpoint=settings.endpoint, token=settings.token or False)
-        self._backoff, self._listings, answers = HubBackoff(), ListingCache(), ETagCache()
+        self._backoff, self._listings = HubBackoff(), ListingCache()
+        self._calls = HubCalls(settings.endpoint, self._source, client, self._backoff)
         self._commits, self._trees = SingleFlight[str](), SingleFlight[list[ManifestFile]]()
-        # huggingface_hub has one client per process, and a fetcher has one hub.
-        set_client_factory(lambda: _ListingClient(self._source, self._backoff, answers))
 
     @property
     def offline(self) -> bool:
@@ -125,7 +92,7 @@ class HubClient:
             async with asyncio.timeout(_LISTING_TIMEOUT_S):
                 commit = ref.revision
                 if not is_commit(commit) or self._listings.get(ref.repo, commit) is None:
-                    commit = await self._commits(ref, lambda: asyncio.to_thread(self._commit_of, ref))
+                    commit = await self._commits(ref, lambda: self._calls.run(lambda: self._commit_of(ref)))
                 files = await self._files_of(ref, commit)
         except TimeoutError:
             raise Expired(
@@ -136,7 +103,7 @@ class HubClient:
     async def _files_of(self, ref: ModelRef, commit: str) -> list[ManifestFile]:
         files = self._listings.get(ref.repo, commit)
         if files is None:
-            files = await self._trees((ref.repo, commit), lambda: asyncio.to_thread(self._list, ref, commit))
+            files = await self._trees((ref.repo, commit), lambda: self._calls.run(lambda: self._list(ref, commit)))
             self._listings.put(ref.repo, commit, files)
         return files
 
