@@ -64,6 +64,11 @@ class CliContext:
 
         return resolve_gateway(self._gateway, self.home, self.environ)
 
+    @property
+    def has_own_gateway(self) -> bool:
+        """Whether the gateway that this command asks is that of this home's node."""
+        return not (self._gateway or self.environ.get("SHOAL_GATEWAY"))
+
     def print(self, text: str) -> None:
         """Print one line for a person on stdout."""
         print(text)

@@ -31,18 +31,20 @@ _RATE_LIMIT_RESET = re.compile(r"\bt=(\d+)")
 _HUB_HINT = "check the connection, or HF_ENDPOINT"
 
 
+TOKEN_HINT = "pull it with your token: `HF_TOKEN=hf_… shoal pull`, or `hf auth login` first"
+
+
 class HttpSource(msgspec.Struct, frozen=True):
-    """A server as messages name it, the setting of its credential, its error class when down, and a hint."""
+    """A server as messages name it, its error class when down, and a hint."""
 
     name: str
-    credential_setting: str
     unavailable_error: type[Unavailable]
     hint: str
 
 
 def hub_source(endpoint: str) -> HttpSource:
     """Return the hub as a source. A password in its address is left out of messages."""
-    return HttpSource(f"hub {endpoint.rpartition('//')[2].rpartition('@')[2]}", "HF_TOKEN", HubUnavailable, _HUB_HINT)
+    return HttpSource(f"hub {endpoint.rpartition('//')[2].rpartition('@')[2]}", HubUnavailable, _HUB_HINT)
 
 
 class Body(msgspec.Struct, frozen=True):
@@ -119,14 +121,10 @@ def raise_for_status(status: int, headers: Mapping[str, str], source: HttpSource
     if status in (200, 206):
         return
     if headers.get("x-error-code") == "GatedRepo":
-        raise Denied(
-            f"this model is gated on {name}: accept its terms there, then set {source.credential_setting} to your "
-            "token"
-        )
+        raise Denied(f"this model is gated on {name}: accept its terms there, then {TOKEN_HINT}", source="hub")
     if status in (401, 403):
-        raise Denied(
-            f"{name} refused the credentials (HTTP {status}): set {source.credential_setting} to one that may read it"
-        )
+        hint = f"check the token, or {TOKEN_HINT}"
+        raise Denied(f"{name} refused the credentials (HTTP {status}): {hint}", source="hub")
     if status == 404:
         raise NotFound(f"{name} does not have it (HTTP 404)")
     if status == 416:
