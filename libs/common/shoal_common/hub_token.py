@@ -17,6 +17,7 @@ from pathlib import Path
 import msgspec
 
 from shoal_common.errors import BadInput, Denied, ErrorBody, Unavailable, from_body
+from shoal_common.messages import DECODE_ERRORS
 from shoal_common.names import ModelRef
 from shoal_common.redaction import remember_secret
 
@@ -102,7 +103,7 @@ def give_token(run: Path, given: GivenToken) -> None:
                 s.sendall(msgspec.json.encode(given) + b"\n")
             with s.makefile("rb") as lines:
                 answer = msgspec.json.decode(lines.readline(MAX_LINE_BYTES), type=TokenAnswer)
-        except (OSError, msgspec.DecodeError) as e:
+        except (OSError, *DECODE_ERRORS) as e:
             raise Unavailable(f"the fetcher of {run.parent} takes no token ({type(e).__name__})") from None
     if answer.error is not None:
         raise from_body(answer.error)

@@ -20,6 +20,7 @@ from shoal_common.hub_token import (
     check_same_user,
 )
 from shoal_common.logs import StructuredLogger
+from shoal_common.messages import DECODE_ERRORS
 
 log = StructuredLogger("token_socket")
 
@@ -62,9 +63,9 @@ async def _answer(
         try:
             take(msgspec.json.decode(await reader.readline(), type=GivenToken))
         except (
-            msgspec.DecodeError,
             ValueError,
-        ):  # not JSON, another form, or a line beyond the limit; the text may hold a token
+            *DECODE_ERRORS,
+        ):  # or a line beyond the limit; the text may hold a token
             raise BadMessage("a token is handed over as one line of JSON") from None
     except ShoalError as e:
         return e.body()
