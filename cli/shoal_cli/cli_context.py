@@ -65,9 +65,9 @@ class CliContext:
         return resolve_gateway(self._gateway, self.home, self.environ)
 
     @property
-    def is_gateway_given(self) -> bool:
-        """Whether somebody named the gateway; else it is that of this home's node."""
-        return bool(self._gateway or self.environ.get("SHOAL_GATEWAY"))
+    def has_own_gateway(self) -> bool:
+        """Whether the gateway that this command asks is that of this home's node."""
+        return not (self._gateway or self.environ.get("SHOAL_GATEWAY"))
 
     def print(self, text: str) -> None:
         """Print one line for a person on stdout."""

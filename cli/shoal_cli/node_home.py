@@ -17,6 +17,7 @@ Directories have mode 0700 and files 0600: another user of the machine reads non
     supervisor.pid  children.json  gateway.url
     control.path               where the control socket is
     control.sock               here, or in a short temporary directory when this path is too long for a socket
+    fetcher.sock               takes this user's token for the hub
     nats-server.conf  nats-server_<pid>.ports
 """
 

@@ -125,6 +125,7 @@ class DemoHub:
         try:
             self._refuse_by_fault(kind)
             self._check_token(request, target)
+            self._check_private(request, target)
             response = await self._answer_target(request, target)
         except HubError as error:
             response = JSONResponse({"error": str(error)}, error.status, error.headers)
@@ -175,6 +176,20 @@ class DemoHub:
         if not hmac.compare_digest(authorization.encode(), f"Bearer {required}".encode()):
             raise HubError(401, None, "Invalid credentials in Authorization header")
 
+    def _check_private(self, request: Request, target: Target | None) -> None:
+        if not isinstance(target, InfoTarget | TreeTarget | FileTarget):
+            return
+        if self._is_one_of(target.model, self.faults.get().private) and not self._has_gated_token(request):
+            raise HubError(401, "RepoNotFound", "no such repository, or it needs a token: send one")
+
+    def _is_one_of(self, model: str, globs: tuple[str, ...]) -> bool:
+        return any(fnmatchcase(model, glob) for glob in globs)
+
+    def _has_gated_token(self, request: Request) -> bool:
+        token = self.faults.get().gated_token
+        authorization = request.headers.get("authorization", "")
+        return token is not None and hmac.compare_digest(authorization.encode(), f"Bearer {token}".encode())
+
     def _sign(self, fields: Mapping[str, str], target: LfsTarget) -> str:
         text = f"{target.sha256}\n{fields.get('model', '')}\n{fields.get('path', '')}"
         return hmac.digest(self._secret, text.encode(), "sha256").hex()
@@ -219,7 +234,7 @@ class DemoHub:
 
     async def _file(self, request: Request, target: FileTarget) -> Response:
         repository = await self._find(target.model, target.revision)
-        if any(fnmatchcase(target.model, glob) for glob in self.faults.get().gated):
+        if self._is_one_of(target.model, self.faults.get().gated) and not self._has_gated_token(request):
             raise HubError(403, "GatedRepo", f"access to {target.model} is restricted: ask its authors for it")
         headers = {"X-Repo-Commit": repository.commit}
         entry = repository.entries.get(target.path)

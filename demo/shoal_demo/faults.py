@@ -62,6 +62,10 @@ class Faults(msgspec.Struct, forbid_unknown_fields=True):
     """Answer 401 without this bearer token. Overrides the token the hub was started with."""
     gated: tuple[str, ...] = ()
     """Globs of models whose files answer 403 GatedRepo; their metadata stays readable."""
+    gated_token: str | None = None
+    """The bearer token that may read the files of gated models; null: none may."""
+    private: tuple[str, ...] = ()
+    """Globs of models that do not exist without `gated_token`."""
 
 
 _Limited = TypeVar("_Limited", RateLimit, UnavailableFault, DropAtByte, WrongBytes)

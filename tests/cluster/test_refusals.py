@@ -48,5 +48,8 @@ def test_an_unreachable_hub_and_a_missing_token_are_distinct(tmp_path: Path) -> 
             result = cluster["a"].shoal("pull", DEMO_MODEL)
             assert result.returncode == 6, result.stderr
             assert "HF_TOKEN" in result.stderr
+            result = cluster["a"].shoal("pull", DEMO_MODEL, "--node", "a", HF_TOKEN="wrong_one", HF_ENDPOINT=nobody)
+            assert "your token was not used: your token is for" in result.stderr and "wrong_one" not in result.stderr
+            cluster["a"].shoal("pull", DEMO_MODEL, check=True, HF_TOKEN="needed")
         with ShoalCluster(tmp_path / "three", closed.base_url, names=("a",), HF_TOKEN="needed") as cluster:
             cluster["a"].shoal("pull", DEMO_MODEL, check=True)

@@ -100,11 +100,11 @@ def traces_of(node: ShoalNode) -> Iterator[tuple[str, bytes]]:
 
 def work(cluster: ShoalCluster) -> list[str]:
     """Do what people do, right and wrong; return everything that is printed and answered."""
-    said: list[str] = []
+    printed: list[str] = []
 
     def shoal(node: str, *arguments: str) -> None:
         done = cluster[node].shoal(*arguments)
-        said.append(done.stdout + done.stderr)
+        printed.append(done.stdout + done.stderr)
 
     shoal("a", "pull", DEMO_MODEL, "--all")
     shoal("a", "pull", "shoal/no-such-model")
@@ -118,8 +118,8 @@ def work(cluster: ShoalCluster) -> list[str]:
     cluster["b"].wait_reborn("fetcher", cluster["b"].kill("fetcher"))
     for each in cluster.nodes:
         for path in ("/v1/status", "/v1/models", "/v1/downloads", "/v1/instances", "/metrics", "/v1/nothing"):
-            said.append(each.client.get(each.url + path).text)
-    return said
+            printed.append(each.client.get(each.url + path).text)
+    return printed
 
 
 @pytest.mark.deadline_s(300)
@@ -135,15 +135,15 @@ def test_I12_no_secret_is_found_outside_its_file_after_a_run(tmp_path: Path, col
             OTEL_EXPORTER_OTLP_ENDPOINT=collector.url,
         ) as cluster,
     ):
-        said = work(cluster)
-        assert any(DEMO_MODEL in text for text in said)
+        printed = work(cluster)
+        assert any(DEMO_MODEL in text for text in printed)
         eventually(lambda: collector.received, "a trace has arrived")
         secrets = {"the hub's token": TOKEN.encode()} | {
             k: v for n in cluster.nodes for k, v in secrets_of(n).items()
         }
         assert len(secrets) >= 2 * 7 + 4, sorted(secrets)
         traces = [trace for node in cluster.nodes for trace in traces_of(node)]
-        traces += [("what was printed and answered", text.encode()) for text in said]
+        traces += [("what was printed and answered", text.encode()) for text in printed]
         traces += [("what OpenTelemetry got", data) for data in collector.received]
         searched = sum(len(data) for _, data in traces)
         assert searched > 100_000, "so little that the search proves nothing"

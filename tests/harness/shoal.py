@@ -64,12 +64,17 @@ class ShoalNode:
         return {**self._environ, "SHOAL_HOME": str(self.home)}
 
     def shoal(
-        self, *arguments: str, check: bool = False, stdin: str = "", timeout_s: float = WAIT_DEADLINE_S
+        self,
+        *arguments: str,
+        check: bool = False,
+        stdin: str = "",
+        timeout_s: float = WAIT_DEADLINE_S,
+        **environ: str,
     ) -> subprocess.CompletedProcess[str]:
-        """Run a `shoal` command on this node."""
+        """Run a `shoal` command on this node, with these variables besides its usual ones."""
         result = subprocess.run(
             [*(self.within if arguments[0] == "up" else ()), sys.executable, "-m", "shoal_cli", *arguments],
-            env=self.environ,
+            env={**self.environ, **environ},
             input=stdin,
             capture_output=True,
             text=True,

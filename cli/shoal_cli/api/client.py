@@ -19,7 +19,7 @@ from shoal_common.identity.api_key import API_KEY_VARIABLE, read_api_key
 from shoal_common.identity.certificates import node_host
 from shoal_common.identity.node_identity import NodeIdentity, load_identity
 from shoal_common.identity.tls import client_context
-from shoal_common.messages import WireStruct
+from shoal_common.messages import DECODE_ERRORS, WireStruct
 from shoal_common.names import check_node
 from shoal_common.settings.node import PortSettings
 from shoal_common.settings.values import read_settings
@@ -32,6 +32,8 @@ ANSWER_TIMEOUT_S = 90.0
 SILENCE_TIMEOUT_S = 330.0
 """Between two events of a stream: a long prompt is processed for minutes before the first token."""
 _MAX_QUOTED_BYTES = 300
+_MAX_LINE_BYTES = 16 << 20
+"""Of a stream: a hundred times an event of NATS."""
 
 NO_NODE = "no Shoal node is running here: start one with `shoal up`"
 
@@ -99,7 +101,7 @@ class GatewayClient:
         check(response.status_code, response.content, self.url)
         try:
             return msgspec.json.decode(response.content or b"{}", type=kind)
-        except msgspec.DecodeError as e:
+        except DECODE_ERRORS as e:
             raise InternalError(
                 f"{self.url} is not a gateway of this version ({e}): check --gateway and `shoal version`"
             ) from None
@@ -146,7 +148,7 @@ class GatewayClient:
             if not response.is_success:
                 response.read()
                 check(response.status_code, response.content, self.url)
-            yield response.iter_lines()
+            yield iter_lines(response)
 
     def _decoded(self, lines: Iterator[str]) -> Iterator[dict[str, Any]]:
         for line in lines:
@@ -191,13 +193,29 @@ def _is_wrong_certificate(error: BaseException) -> bool:
     return at is not None
 
 
+def iter_lines(response: httpx2.Response) -> Iterator[str]:
+    """Yield the lines of a stream. Only a line feed ends one: httpx2's own would split at U+2028 in a text, too.
+
+    Raises InternalError for a line that does not end.
+    """
+    rest = b""
+    for chunk in response.iter_bytes():
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            yield line.removesuffix(b"\r").decode(errors="replace")
+        if len(rest) > _MAX_LINE_BYTES:
+            raise InternalError(f"{response.url} sent a line of more than {_MAX_LINE_BYTES >> 20} MiB")
+    if rest:
+        yield rest.decode(errors="replace")
+
+
 def check(status: int, content: bytes, url: str) -> None:
     """Raise the error that a response holds. Its code decides the exit code."""
     if 200 <= status < 300:
         return
     try:
         raise from_body(msgspec.json.decode(content, type=ErrorResponse).error)
-    except msgspec.DecodeError:
+    except DECODE_ERRORS:
         text = content[:_MAX_QUOTED_BYTES].decode(errors="replace").split("\n")[0]
     raise InternalError(f"{url} is not a Shoal gateway: status {status} {text}".rstrip())
 

@@ -10,7 +10,7 @@ import msgspec
 
 from shoal_cli.api.client import GatewayClient
 from shoal_common.errors import Busy, Expired, InternalError, Unavailable
-from shoal_common.messages import WireStruct
+from shoal_common.messages import DECODE_ERRORS, WireStruct
 
 T = TypeVar("T")
 
@@ -96,7 +96,7 @@ def decode_data(event: ServerSentEvent, kind: type[T]) -> T:
     """Return an event's data. Raises Failed when it is not of this kind."""
     try:
         return msgspec.json.decode(event.data, type=kind)
-    except msgspec.MsgspecError as e:
+    except DECODE_ERRORS as e:
         raise InternalError(
             f"the gateway sent an invalid event ({e}): compare `shoal version` on both sides"
         ) from None

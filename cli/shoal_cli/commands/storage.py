@@ -98,7 +98,7 @@ def set_(
     if not given.values and not given.lists:
         raise BadInput(f"nothing to set: give {flag_names(_SETTINGS)}")
     if given.lists:
-        name = own_node(cli.home, cli.gateway, selection, cli.is_gateway_given)
+        name = own_node(cli.home, cli.gateway, selection, not cli.has_own_gateway)
         answer = set_on_own_node(cli.home, cli.gateway, name, lambda s: given.values | _changed_lists(given, s, name))
     else:
         answer = cli.gateway.put("/v1/storage/config", selection.body() | given.values, JsonObject)

@@ -42,13 +42,13 @@ class Operator:
         self._files, self._node, self._replicas, self._reload_users = files, node, replicas, reload_users
         self.is_ready = False
         """Whether the streams and the members' keys are there."""
-        self._joining_urls: list[str] = []
+        self._cluster_urls: list[str] = []
         self._changing = asyncio.Lock()
         self._nats: Nats | None = None
 
-    async def run(self, server: str, joining_urls: list[str], on_ready: Callable[[], None]) -> None:
-        """Work until cancelled. `joining_urls`: where other machines find NATS."""
-        self._joining_urls = joining_urls
+    async def run(self, server: str, cluster_urls: list[str], on_ready: Callable[[], None]) -> None:
+        """Work until cancelled. `cluster_urls`: where other machines find NATS."""
+        self._cluster_urls = cluster_urls
         login = await asyncio.to_thread(self._login)
         async with connected([server], f"operator.{self._node}", login=login) as nats:
             await nats.client.subscribe(subjects.join("*"), cb=self._on_join)
@@ -113,7 +113,7 @@ class Operator:
             self._reload_users()
             await self._publish_members()
         log.info("joined", member=member.node, invitation=invitation)
-        return JoinReply(cluster=self._node, certificate=member.certificate, nats=self._joining_urls)
+        return JoinReply(cluster=self._node, certificate=member.certificate, nats=self._cluster_urls)
 
     async def _leave(self, message: Msg) -> object:
         node = message.subject.rpartition(".")[2]

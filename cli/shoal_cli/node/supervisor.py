@@ -152,7 +152,7 @@ class Supervisor:
         self._nats_urls = [f"tls://{bracketed(local_address(plan.bind))}:{port}"]
         operator = self._operator = Operator(self._operator_files, plan.node, partial(self._reload_users, port))
         self._operating = tasks.create_task(
-            operator.run(self._nats_urls[0], [f"tls://{self._joining_address(port)}"], self._changed.notify)
+            operator.run(self._nats_urls[0], [f"tls://{self._cluster_address(port)}"], self._changed.notify)
         )
         if not await self._wait_for(lambda: operator.is_ready, _NATS_DEADLINE_S) and not self._stopping.is_set():
             raise Unavailable(f"NATS runs, but its streams cannot be made: see {home.log('supervisor')}")
@@ -225,7 +225,7 @@ class Supervisor:
             bind="" if is_loopback(plan.bind) else plan.bind,
         )
 
-    def _joining_address(self, port: int) -> str:
+    def _cluster_address(self, port: int) -> str:
         """Return the address of NATS, `host:port`, as other machines reach it if any does."""
         plan = self._plan
         advertised = self._environ.get("SHOAL_ADVERTISE", "").split(",")[0].strip()
@@ -288,7 +288,7 @@ class Supervisor:
         code = await self._require_operator().invite(lifetime_s)
         return control.InviteReply(
             code=code.text,
-            address=self._joining_address(int(self._nats_urls[0].rpartition(":")[2])),
+            address=self._cluster_address(int(self._nats_urls[0].rpartition(":")[2])),
             is_local=is_loopback(self._plan.bind),
             until_s=round(time.time() + lifetime_s, 1),
         )

@@ -101,7 +101,7 @@ def read_settings_file(home: Path) -> dict[str, Any]:
         return tomllib.loads(read_text_file(path))
     except FileNotFoundError:
         return {}
-    except tomllib.TOMLDecodeError as e:
+    except (ValueError, RecursionError) as e:  # also a number of 4,300 digits
         raise BadInput(f"{path} cannot be read: {e}; correct that line, or put the file back from a copy") from None
 
 

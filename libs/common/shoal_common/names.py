@@ -24,7 +24,6 @@ _NODE = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _BLOB = re.compile(r"[0-9a-f]{64}|git-[0-9a-f]{40}")
 _KEY_SAFE = re.compile(r"[A-Za-z0-9_/-]")
-_QUOTED = re.compile(r"=([0-9A-F]{2})")
 
 DEFAULT_REVISION = "main"
 _MAX_HOLDER_CHARACTERS = 200
@@ -152,9 +151,3 @@ def node_id_from_hostname(hostname: str, suffix: str) -> str:
 def quote_key(text: str) -> str:
     """Return a name as one token of a KV key: '.', which separates tokens, and unsafe characters become =XX."""
     return "".join(c if _KEY_SAFE.fullmatch(c) else "".join(f"={b:02X}" for b in c.encode()) for c in text)
-
-
-def unquote_key(token: str) -> str:
-    """Reverse `quote_key`."""
-    raw = _QUOTED.sub(lambda m: chr(int(m.group(1), 16)), token)
-    return raw.encode("latin-1").decode()

@@ -128,5 +128,5 @@ def _remove(table: Table | InlineTable, key: str) -> None:
 def _parsed(text: str) -> dict[str, Any] | None:
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return None

@@ -20,7 +20,7 @@ from shoal_common.messages.manifest import Manifest
 from shoal_common.messages.storage import ModelState, StorageState
 from shoal_common.names import ModelId, ModelRef
 from shoal_fetcher.sources.failure_policy import BlobHolder
-from shoal_fetcher.sources.source_selection import holders
+from shoal_fetcher.sources.source_selection import allowed_by_hub, holders
 
 _CATCH_UP_S = 5.0
 _MAX_CACHED_HOLDERS = 1024
@@ -104,6 +104,11 @@ class ClusterView:
         models = (m for _, m in self._state.items("model.", ModelState))
         downloads = (d for _, d in self._state.items("download.", DownloadState))
         return holders(blob, manifest, models, downloads, nodes, self._own_node)
+
+    def allowed_by_hub(self, repo: str, commit: str) -> dict[str, int]:
+        """Return the live peers that fetch a model and to which the hub has not refused it, with what they have."""
+        downloads = (d for _, d in self._state.items("download.", DownloadState))
+        return allowed_by_hub(repo, commit, downloads, self.addresses(), self._own_node)
 
     def leaf_list_digests(self, sha256: str) -> set[str]:
         """Return the leaf-list digests of a blob, as published by live nodes that have it but not yet its model."""

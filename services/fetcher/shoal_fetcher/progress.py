@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, suppress
 from typing import Protocol
 
@@ -66,12 +66,13 @@ class Progress:
         self._switched = dict(self.state.source_switches)
         self._serving, self._source_changes = SourceChanges(), list[SourceChange]()
         self._progress_at_s = time.monotonic()
+        self._others_done_bytes: dict[str, int] = {}
 
     def begin_attempt(self, forget_sources: bool) -> None:
         """Begin another attempt. What has arrived counts, until storage reports what is present."""
         self._complete_bytes = self.done_bytes
         self._durable_by_blob.clear()
-        state = structs.replace(self.state, resumed_bytes=0)
+        state = structs.replace(self.state, resumed_bytes=0, denied_by_hub=False)
         if forget_sources:
             now_s = round(cluster_clock.now_s(), 3)
             state = structs.replace(state, sources={}, source_switches={}, started_at_s=now_s)
@@ -91,6 +92,17 @@ class Progress:
     def mark_progress(self) -> None:
         """Count as progress what is not bytes: a wait that a source asked for."""
         self._progress_at_s = time.monotonic()
+
+    def wait_for_others(self, done_bytes: Mapping[str, int]) -> None:
+        """Wait for what these nodes fetch, by what they have now: their progress counts as ours."""
+        if done_bytes != self._others_done_bytes:
+            self._others_done_bytes = dict(done_bytes)
+            self.mark_progress()
+        self.set_waiting_for(f"node {', '.join(sorted(done_bytes))}, which may read it from the hub")
+
+    def set_denied(self, denied: bool) -> None:
+        """Set whether the hub refuses us the model."""
+        self.set_state(structs.replace(self.state, denied_by_hub=denied))
 
     def pause_stall_timer(self, waited_s: float) -> None:
         """Do not count a wait of this many seconds for our own turn."""

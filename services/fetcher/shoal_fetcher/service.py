@@ -21,6 +21,7 @@ from shoal_fetcher.downloads.request_store import DownloadRequests
 from shoal_fetcher.hub.client import HubClient, HubSettings
 from shoal_fetcher.hub.model_info import ModelShapes
 from shoal_fetcher.hub.range_reader import make_hub_client
+from shoal_fetcher.hub.token_socket import serve_tokens
 from shoal_fetcher.partials.blocking import LeafWorkers
 from shoal_fetcher.rate_limits import RateLimits
 from shoal_fetcher.storage_client import StorageClient
@@ -48,13 +49,15 @@ async def run(context: ServiceContext) -> None:
         cluster_view = ClusterView(context.nats, context.node, live, state, lease, spec, context.interfaces)
         rate_limits = RateLimits()
         context.run_in_background(tasks, rate_limits.follow_settings(state, context.node))
+        hub = HubClient(HubSettings.read(context.environ), from_hub)
+        context.run_in_background(tasks, serve_tokens(context.config.home / "run", hub.tokens.take))
         node_context = NodeFetchContext(
             node=context.node,
             uid=context.liveness.uid,
             nats=context.nats,
             buckets=context.buckets,
             cluster_view=cluster_view,
-            hub=HubClient(HubSettings.read(context.environ), from_hub),
+            hub=hub,
             rate_limits=rate_limits,
             peers=FileserverClient(
                 from_peers,

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import httpx2
 import pytest
 
+from shoal_cli.api.client import iter_lines
 from shoal_cli.api.event_stream import EventView, ServerSentEvent, parse_events
 from shoal_cli.cli import run
 from shoal_cli.commands.events import event_line
-from shoal_common.errors import BadInput, Unavailable
+from shoal_common.errors import BadInput, InternalError, Unavailable
 from tests.gateway.event_stream_client import publish_event
 from tests.gateway.running_gateway import running_gateway
 from tests.harness.nats import NatsServer, joined
@@ -121,6 +124,22 @@ def test_a_stream_is_read_as_its_format_has_it() -> None:
         ServerSentEvent("lost", "5", b"{}"),
         ServerSentEvent("", "6", b'{"a":1}'),
     ]
+
+
+def test_a_line_of_a_stream_ends_at_a_line_feed_alone() -> None:
+    """A text may hold other separators of lines, and bytes arrive in any pieces."""
+    sent = 'data: "a\u2028b\x85c\x0bd"\r\n\nid: 7\nrest'.encode()
+    for size in (1, 3, len(sent)):
+        pieces = (sent[at : at + size] for at in range(0, len(sent), size))
+        response = httpx2.Response(200, content=pieces)
+        assert list(iter_lines(response)) == ['data: "a\u2028b\x85c\x0bd"', "", "id: 7", "rest"]
+
+
+def test_a_line_of_a_stream_that_never_ends_is_refused() -> None:
+    endless = httpx2.Response(200, content=itertools.repeat(b"x" * (1 << 20)))
+    endless.request = httpx2.Request("GET", "http://gateway/events")
+    with pytest.raises(InternalError, match="more than 16 MiB"):
+        list(iter_lines(endless))
 
 
 @pytest.mark.parametrize("arguments", [["--since", "1h", "-n", "3"], ["--service", "nonsense"], ["-n", "0"]])

@@ -75,6 +75,12 @@ def test_garbage_in_run_neither_stops_up_nor_ends_anything(node: Node) -> None:
     assert node.up().returncode == 0
 
 
+def test_a_list_of_processes_that_is_no_text_names_none(node: Node) -> None:
+    node.home.create()
+    node.home.children.write_bytes(b'["\x80"]')
+    assert node.up().returncode == 0
+
+
 def test_a_node_that_lost_its_id_does_not_start(node: Node) -> None:
     assert node.up().returncode == 0
     node.shoal("down")

@@ -257,9 +257,9 @@ async def test_I12_a_user_may_do_what_the_table_says_and_no_more(server: Server,
 @pytest.mark.deadline_s(300)
 async def test_I12_an_invitation_lets_its_holder_ask_and_nothing_else(server: Server) -> None:
     publish = [*dict.fromkeys(every_subject()), f"shoal.v1.join.{server.code.id}"]
-    denied, heard = await attempt(server, server.invited(), publish, ["_INBOX.a.x", "shoal.v1.tok.x"])
+    denied, received = await attempt(server, server.invited(), publish, ["_INBOX.a.x", "shoal.v1.tok.x"])
     assert {s for s in publish if s.lower() not in denied} == {f"shoal.v1.join.{server.code.id}"}
-    assert len(heard) == 2
+    assert len(received) == 2
 
 
 async def test_I12_keys_that_the_operator_does_not_know_are_refused(server: Server) -> None:
@@ -277,10 +277,10 @@ async def test_I12_a_consumer_cannot_carry_a_request_to_a_service(server: Server
     """Whoever may create consumers may name any subject for their messages: services do not take those."""
     async with connected([server.url], "operator", 30, server.operator()) as operator:
         await ensure_streams(operator.js)
-        heard: list[str] = []
+        received: list[str] = []
 
         async def on_request(message: object) -> None:
-            heard.append(str(getattr(message, "reply", "")))
+            received.append(str(getattr(message, "reply", "")))
 
         await operator.client.subscribe("shoal.v1.svc.storage.b.commit", cb=on_request)
         await operator.client.flush()
@@ -295,7 +295,7 @@ async def test_I12_a_consumer_cannot_carry_a_request_to_a_service(server: Server
             )
 
             async def delivered() -> bool:
-                return bool(heard)
+                return bool(received)
 
             await eventually(delivered, "the server delivers it")
-        assert all(reply.startswith("$JS.") for reply in heard), "what the services tell it by"
+        assert all(reply.startswith("$JS.") for reply in received), "what the services tell it by"

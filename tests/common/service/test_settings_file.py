@@ -153,6 +153,8 @@ def test_a_link_to_the_file_stays_a_link(tmp_path: Path) -> None:
     ("text", "error", "expected"),
     [
         ("[storage\n", BadInput, "node.toml cannot be read"),
+        ("x = " + "[" * 5000, BadInput, "node.toml cannot be read"),
+        ("x = " + "1" * 5000, BadInput, "node.toml cannot be read"),
         ("storage = 5\n", Refused, "write it as a section"),
         ("[[storage]]\na = 1\n", Refused, "write it as a section"),
         ("[storage]\na=1\n[other]\n[storage.deep]\nc=1\n", Refused, "by hand"),

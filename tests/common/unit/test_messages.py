@@ -145,3 +145,12 @@ def test_files_that_share_content_count_once() -> None:
     assert manifest.size_bytes == 12
     assert not manifest.sealed
     assert manifest.blob_sizes == {same: 5, f"git-{'b' * 40}": 7}
+
+
+def test_whoever_decodes_json_catches_all_that_it_raises() -> None:
+    """Not MsgspecError alone: bytes that are no UTF-8, and what is nested deep, raise others (DECODE_ERRORS)."""
+    root = Path(__file__).parents[3]
+    sources = [p for top in ("libs", "services", "cli") for p in (root / top).rglob("*.py")]
+    catching = {p.parent.name for p in sources if "msgspec.MsgspecError" in p.read_text()}
+    assert catching == {"messages"} and len(sources) > 200
+    assert not [p for p in sources if "msgspec.DecodeError" in p.read_text()]

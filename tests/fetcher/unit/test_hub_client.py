@@ -80,9 +80,9 @@ async def test_what_the_hub_does_not_have_is_a_one_line_error(paged: RunningHub)
 
 async def test_a_hub_that_wants_a_token_is_an_error_naming_the_setting(paged: RunningHub) -> None:
     paged.set_faults(Faults(require_token="right"))
-    with pytest.raises(Denied, match="set HF_TOKEN"):
+    with pytest.raises(Denied, match="HF_TOKEN=hf_… shoal pull"):
         await resolve(paged.base_url)
-    with pytest.raises(Denied, match="check that HF_TOKEN may read it"):
+    with pytest.raises(Denied, match="check that the token may read it"):
         await resolve(paged.base_url, token="wrong")
     assert (await resolve(paged.base_url, token="right")).files
 

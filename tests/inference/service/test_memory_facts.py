@@ -143,7 +143,7 @@ def test_pressure_is_published_in_steps(avg10: str, step: int) -> None:
 
 
 def test_a_system_without_pressure_files_has_unknown_pressure() -> None:
-    assert parse_psi("") is None
+    assert parse_psi("") is None and parse_psi("some avg10=. avg60=0") is None
     assert parse_psi("full avg10=50.00") is None
     if sys.platform == "linux":
         assert pressure_level() is None or Path("/proc/pressure/memory").exists()
@@ -204,7 +204,8 @@ async def test_a_configured_bandwidth_measures_and_writes_nothing(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "left", [b"", b"{", b"[]", b'{"machine": 3}', b'{"machine": "m", "device": {"bytes_per_s": 0}}']
+    "left",
+    [b"", b"{", b"[]", b'{"machine": 3}', b'{"machine": "\x80"}', b'{"machine": "m", "device": {"bytes_per_s": 0}}'],
 )
 def test_half_a_file_is_measured_again(tmp_path: Path, left: bytes) -> None:
     (tmp_path / "device.json").write_bytes(left)

@@ -164,7 +164,13 @@ def test_I12_a_stranger_is_refused_and_the_ring_stays_linked(
     assert len(run(besieged.generate(PROMPT, 4))) == 4
 
 
-@pytest.mark.parametrize("sent", [b"GET / HTTP/1.1\r\n\r\n", b"\xff\xff" + b"x" * 64, b"\x04\x00"])
+@pytest.mark.parametrize(
+    "sent",
+    [
+        *[b"GET / HTTP/1.1\r\n\r\n", b"\xff\xff" + b"x" * 64, b"\x04\x00"],
+        *[b'\x10\x00{"instance":"\x80"}', b"\xa0\x0f" + b'{"x":' + b"[" * 3995],
+    ],
+)
 def test_bytes_that_are_no_hello_are_refused(sent: bytes, besieged: RingOfStages, run: Run[Any]) -> None:
     async def refused() -> None:
         port = (await besieged.children[0].wait(Listening)).port

@@ -128,6 +128,12 @@ def test_strangers_are_refused_and_distinguished_in_the_log(changes: dict[str, A
         handshake.check_hello(place(rank=1), bytes(32), hello[2:])
 
 
+@pytest.mark.parametrize("body", [b'{"instance":"\x80"}', b'{"x":' + b"[" * 4000, b"", b"[1]", b"\xff"])
+def test_a_hello_that_does_not_decode_is_refused(body: bytes) -> None:
+    with pytest.raises(errors.HandshakeRefused, match="does not decode"):
+        handshake.check_hello(place(rank=1), bytes(32), body)
+
+
 def test_a_hello_recorded_earlier_does_not_match_a_fresh_nonce() -> None:
     hello = handshake.hello(place(), bytes(32), bytes(32))
     with pytest.raises(errors.HandshakeRefused, match="proof"):

@@ -33,7 +33,7 @@ from shoal_common.bus.streams import stream_configs
 from shoal_common.errors import BadInput, BadMessage, ShoalError
 from shoal_common.identity.node_identity import CLI, NodeIdentity
 from shoal_common.identity.tls import unverified_context
-from shoal_common.messages import decode
+from shoal_common.messages import DECODE_ERRORS, decode
 from shoal_common.messages.liveness import LivenessRecord
 from shoal_common.messages.storage import StorageState
 from shoal_common.units import parse_bytes
@@ -248,7 +248,7 @@ def _own_settings(run_directory: Path, servers: Sequence[NatsServerInfo]) -> Jet
 def _own_ports(run_directory: Path) -> set[int | None]:
     found: set[int | None] = set()
     for file in run_directory.glob("nats-server_*.ports"):
-        with suppress(msgspec.DecodeError):
+        with suppress(*DECODE_ERRORS):
             found |= {urlsplit(url).port for url in msgspec.json.decode(file.read_bytes(), type=NatsPorts).nats}
     return found
 

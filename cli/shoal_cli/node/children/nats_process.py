@@ -20,6 +20,7 @@ from shoal_cli.node.ports import bind_problem, holder_of
 from shoal_cli.node_home import Home
 from shoal_common.errors import NotFound, Refused
 from shoal_common.identity.tls import unverified_context
+from shoal_common.messages import DECODE_ERRORS
 
 _POLL_INTERVAL_S = 0.02
 _INFO_DEADLINE_S = 1.0
@@ -92,7 +93,7 @@ async def wait_listening(home: Home, pid: int) -> NatsPorts:
             await read_info(*_host_and_port(ports), unverified_context())
             remove_stale_port_files(home, except_file=file)
             return ports
-        except (OSError, msgspec.DecodeError, IndexError, ValueError, TimeoutError):
+        except (OSError, *DECODE_ERRORS, IndexError, ValueError, TimeoutError):
             await asyncio.sleep(_POLL_INTERVAL_S)
 
 

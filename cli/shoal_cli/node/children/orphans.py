@@ -21,6 +21,7 @@ from shoal_cli.node.node_plan import SERVICE_STOP_S
 from shoal_cli.node_home import Home
 from shoal_common.errors import AlreadyRunning
 from shoal_common.host.process_identity import host_id, is_dead
+from shoal_common.messages import DECODE_ERRORS
 from shoal_common.messages.liveness import ProcessIdentity
 
 _KILL_DEADLINE_S = 5.0
@@ -98,5 +99,5 @@ def _alive(holders: list[ProcessIdentity], host: str, wait_s: float) -> list[Pro
 def _recorded(home: Home) -> list[ProcessIdentity]:
     try:
         return msgspec.json.decode(home.children.read_bytes(), type=list[ProcessIdentity])
-    except (FileNotFoundError, NotADirectoryError, msgspec.DecodeError):
+    except (FileNotFoundError, NotADirectoryError, *DECODE_ERRORS):
         return []

@@ -12,6 +12,8 @@ import msgspec
 from shoal_common.errors import BadMessage
 
 T = TypeVar("T")
+DECODE_ERRORS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What msgspec.json.decode raises: also for bytes that are no UTF-8, and for what is nested too deep to skip."""
 
 
 class _KeywordOnly(msgspec.StructMeta):
@@ -34,5 +36,5 @@ def decode(data: bytes, kind: type[T]) -> T:
     """Decode JSON as a message of this kind. Raises BadMessage, which names the field and the problem."""
     try:
         return msgspec.json.decode(data or b"{}", type=kind)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
+    except DECODE_ERRORS as e:
         raise BadMessage(f"not a {kind.__name__} message: {e}; see docs/protocol.md") from None

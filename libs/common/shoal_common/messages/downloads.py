@@ -80,6 +80,8 @@ class DownloadState(WireStruct):
     """Since when a full disk has blocked it; 0 if none does."""
     layers: list[list[int]] = []
     """Layer ranges `[first, last)` that it downloads and that the figures count; empty means the whole model."""
+    denied_by_hub: bool = False
+    """The hub refuses the model to this node, which waits for another one that may read it there."""
 
 
 class StopDownloads(WireStruct):

@@ -18,7 +18,7 @@ from shoal_common import telemetry
 from shoal_common.bus import subjects
 from shoal_common.bus.connection import Nats
 from shoal_common.errors import BadName, ShoalError
-from shoal_common.messages import WireStruct, encode
+from shoal_common.messages import DECODE_ERRORS, WireStruct, encode
 from shoal_common.messages.envelope import Outcome
 from shoal_common.names import check_id
 from shoal_common.rpc.outcomes import Outcomes
@@ -36,7 +36,7 @@ def explicit_command_id(message: Msg) -> str:
     """Return the id that the sender gave a command, by header or in the body; "" if there is no valid one."""
     explicit_id = (message.headers or {}).get("Nats-Msg-Id", "")
     if not explicit_id:
-        with suppress(msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        with suppress(*DECODE_ERRORS):
             explicit_id = msgspec.json.decode(message.data or b"{}", type=_Identified).id
     try:
         return check_id(explicit_id) if explicit_id else ""

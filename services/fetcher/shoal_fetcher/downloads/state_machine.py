@@ -98,7 +98,7 @@ _UNDER_WAY: dict[type[ev.DownloadEvent], tuple[type[ev.Action], ...]] = {
     ev.SpaceShort: (ev.AskForSpace,),
     ev.EndStored: (ev.StoreEnd,),
     ev.Discarded: (ev.Discard,),
-    ev.SourceWaiting: (ev.Fetch,),
+    ev.SourceWaiting: (ev.Resolve, ev.Fetch),
     ev.ProgressStalled: (ev.Fetch,),
 }
 """The actions to which an event belongs. Commands, and what becomes of them, belong to none."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from msgspec import structs
 
-from shoal_common.errors import InternalError, ShoalError
+from shoal_common.errors import Denied, InternalError, ShoalError
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages.manifest import Manifest
 from shoal_common.messages.storage import GetManifest
@@ -16,10 +16,12 @@ from shoal_fetcher.downloads import events as ev
 from shoal_fetcher.downloads.model_fetch import DownloadContext, FetchPlan, FileFetcher, ModelFetch
 from shoal_fetcher.downloads.shard_fetch import ShardFetch, sealed_lists
 from shoal_fetcher.downloads.space_check import find_shortage
+from shoal_fetcher.downloads.state_machine import NO_PROGRESS_TIMEOUT_S
 from shoal_fetcher.progress import Progress
 
 log = StructuredLogger("download")
 
+_POLL_INTERVAL_S = 5.0
 _MIN_CHECK_INTERVAL_S = 1.0
 """Between two requests to storage for space, however often the disk changes."""
 
@@ -87,9 +89,8 @@ class DownloadSteps:
 
     async def _resolve(self) -> ev.DownloadEvent:
         """Get the manifest: from this node (even if incomplete), another that has the model, or the hub."""
-        manifest = await self._own_manifest() or await self._peer_manifest()
-        if manifest is None:
-            manifest = await self._context.hub.resolve(self._ref)
+        self._context.hub.tokens.forget_denial(self._ref.repo)
+        manifest = await self._own_manifest() or await self._peer_manifest() or await self._hub_manifest()
         if self._progress.state.commit not in ("", manifest.commit):
             log.info("revision moved to another commit", model=str(self._ref), commit=manifest.commit)
             await self.release()
@@ -116,6 +117,26 @@ class DownloadSteps:
                 return structs.replace(manifest, revisions=[self._ref.revision])
             log.warning("a node returned the wrong manifest", peer=node, model=model)
         return None
+
+    async def _hub_manifest(self) -> Manifest:
+        """Ask the hub. If it refuses, wait for the model of a node to which it does not."""
+        hub, cluster_view, progress = self._context.hub, self._context.cluster_view, self._progress
+        try:
+            return await hub.resolve(self._ref)
+        except Denied as e:
+            denied = e
+        progress.mark_progress()
+        while hub.tokens.denial(self._ref.repo) is not None:
+            progress.set_denied(True)
+            version = cluster_view.version()
+            if (manifest := await self._peer_manifest()) is not None:
+                return manifest
+            others = cluster_view.allowed_by_hub(self._ref.repo, "")
+            if not others or progress.stalled_s > NO_PROGRESS_TIMEOUT_S:
+                raise denied
+            progress.wait_for_others(others)
+            await cluster_view.wait_changed(version, _POLL_INTERVAL_S)
+        return await hub.resolve(self._ref)
 
     async def _own_manifest(self) -> Manifest | None:
         """Return this node's manifest of a commit, also of an incomplete model: repair needs no other node."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -79,6 +80,7 @@ class DownloadTask:
         self._wakeup = asyncio.Event()
         self._work: asyncio.Task[ev.DownloadEvent] | None = None
         self._publishing: asyncio.Task[None] | None = None
+        self._begun_at_s = time.monotonic()
         self._trace, self._trace_context = ExitStack(), contextvars.copy_context()
         self._span: Span | None = None
         self._result = _new_result()
@@ -210,6 +212,7 @@ class DownloadTask:
 
     def _begin(self, forget_sources: bool) -> None:
         log.info("download begins", model=self._name)
+        self._begun_at_s = time.monotonic()
         if self._result.done():
             self._result = _new_result()
         self._progress.begin_attempt(forget_sources)
@@ -269,6 +272,7 @@ class DownloadTask:
             case ev.RemoveRequest():
                 cancelled = Cancelled(f"the download of {name} was cancelled")
                 await requests.end(name, cancelled)
+                self._forget_token()
                 self._end_waiting(cancelled)
                 return ev.RequestRemoved()
             case ev.Discard():
@@ -291,6 +295,7 @@ class DownloadTask:
         error = from_body(state.error) if state.error else None
         # The request is done. If it were kept, a model lost later would be downloaded again unasked.
         await self._context.requests.end(self._name, error or self._progress.state)
+        self._forget_token()
         self._end_waiting(error)
         if error is not None and self._span is not None:
             telemetry.mark_failed(self._span, error.message)
@@ -305,6 +310,11 @@ class DownloadTask:
         else:
             fields = {"code": error.code, "message": error.message}
             await self._context.events.emit("download_failed", model=self._name, **fields)
+
+    def _forget_token(self) -> None:
+        """Forget the token of who pulled, unless another revision is still being pulled."""
+        if all(ModelRef.parse(name).repo != self.ref.repo for name in self._context.requests.names):
+            self._context.hub.tokens.forget(self.ref.repo, self._begun_at_s)
 
     async def _discard(self) -> None:
         """Raises if storage is down: the state then stays, so that the next attempt, or the next start, continues."""

@@ -58,6 +58,9 @@ async def fetch(
         if isinstance(choice, FetchFromHub) and health.askable(cluster_view.holders_restarting(file.blob, manifest)):
             await cluster_view.wait_changed(version, _STARTING_INTERVAL_S)
             continue
+        if isinstance(choice, FetchFromHub) and node_context.is_denied(manifest, progress):
+            await cluster_view.wait_changed(version, _POLL_INTERVAL_S)
+            continue
         peer = choice.node if isinstance(choice, FetchFromPeer) else None
         try:
             async with turn(progress):
@@ -86,7 +89,8 @@ async def fetch(
             progress.record_source_failure(file.path, peer or HUB)
             if was_timeout(e):
                 progress.record_switch(peer or HUB)
-            delay_s = health.record_failure(e, peer, has_peer=bool(health.not_banned(holders)))
+            has_peer = bool(health.not_banned(holders) or node_context.allowed_by_hub(manifest))
+            delay_s = health.record_failure(e, peer, has_peer)
             log.warning("source failed", path=file.path, source=peer or HUB, reason=e.message, wait_s=delay_s)
             progress.set_waiting_for(e.message)
             await asyncio.sleep(delay_s)
@@ -157,6 +161,7 @@ async def _read(
 
             async def on_bytes(count: int) -> None:
                 progress.record_received(source, count, file.path)
+                progress.check_stalled(file.path, None)  # bytes may trickle in for ever
 
             def missing() -> int:
                 return partial.all_leaves & ~partial.written

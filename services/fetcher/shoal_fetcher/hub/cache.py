@@ -7,7 +7,6 @@ named.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -24,7 +23,7 @@ MAX_CACHED_ANSWER_BYTES = 16 << 20
 
 
 class HubBackoff:
-    """The time before which the hub wants no request. Thread-safe."""
+    """The time before which the hub wants no request."""
 
     def __init__(self, clock_s: Callable[[], float] = time.monotonic) -> None:
         self._clock_s, self._until_s = clock_s, 0.0
@@ -66,28 +65,25 @@ class ETagCache:
     """LRU cache of answers with an ETag, by URL: revalidating one costs the hub next to nothing."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._responses: OrderedDict[str, httpx2.Response] = OrderedDict()
 
     def add_etag(self, request: httpx2.Request) -> None:
         """Add If-None-Match if an answer is cached."""
-        with self._lock:
-            known = self._responses.get(str(request.url))
+        known = self._responses.get(str(request.url))
         if known is not None:
             request.headers["If-None-Match"] = known.headers["ETag"]
 
     def resolve(self, request: httpx2.Request, response: httpx2.Response) -> httpx2.Response:
         """Return the cached answer for a 304, else the response, which is cached. Its body has been read."""
         address = str(request.url)
-        with self._lock:
-            if response.status_code == 304 and address in self._responses:
-                self._responses.move_to_end(address)
-                return _copy(self._responses[address], request)
-            if response.status_code == 200 and response.headers.get("ETag"):
-                self._responses[address] = _copy(response, request)
-                self._responses.move_to_end(address)
-            while sum(len(r.content) for r in self._responses.values()) > MAX_CACHED_ANSWER_BYTES:
-                self._responses.popitem(last=False)
+        if response.status_code == 304 and address in self._responses:
+            self._responses.move_to_end(address)
+            return _copy(self._responses[address], request)
+        if response.status_code == 200 and response.headers.get("ETag"):
+            self._responses[address] = _copy(response, request)
+            self._responses.move_to_end(address)
+        while sum(len(r.content) for r in self._responses.values()) > MAX_CACHED_ANSWER_BYTES:
+            self._responses.popitem(last=False)
         return response
 
 

@@ -11,12 +11,11 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from itertools import islice
 from pathlib import PurePosixPath
-from typing import Any
 from urllib.parse import quote
 
 import httpx2
 import msgspec
-from huggingface_hub import HfApi, set_client_factory
+from huggingface_hub import HfApi
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -28,23 +27,25 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoFile
 
 from shoal_common.concurrency.single_flight import SingleFlight
-from shoal_common.errors import BadInput, BadName, Denied, Expired, HubUnavailable, NotFound, ShoalError, Unsupported
+from shoal_common.errors import BadName, Denied, Expired, HubUnavailable, NotFound, ShoalError, Unsupported
+from shoal_common.hub_token import DEFAULT_ENDPOINT, check_token, read_endpoint
 from shoal_common.messages.manifest import Manifest, ManifestFile
 from shoal_common.names import ModelRef, check_blob, check_commit, check_file_path, is_commit
 from shoal_fetcher.errors import RateLimited
-from shoal_fetcher.hub import range_reader
-from shoal_fetcher.hub.cache import ETagCache, HubBackoff, ListingCache
-from shoal_fetcher.hub.range_reader import Body, HttpSource, hub_source, read_range, retry_after_s
+from shoal_fetcher.hub.cache import HubBackoff, ListingCache
+from shoal_fetcher.hub.listing import HubCalls
+from shoal_fetcher.hub.range_reader import TOKEN_HINT, Body, HttpSource, hub_source, read_range, retry_after_s
+from shoal_fetcher.hub.tokens import HubTokens
 
-DEFAULT_ENDPOINT = "https://huggingface.co"
 MAX_FILES = 4000
 """A download's state names each blob and must fit in one message of 1 MiB."""
 _LISTING_TIMEOUT_S = 60.0
+"""For both calls of the library, and for callers who join a call of another."""
 _MAX_FILE_BYTES = 1 << 50
 
 
 class HubSettings(msgspec.Struct, frozen=True):
-    """The hub's address and our token, which never leaves this process (I12)."""
+    """The hub's address and the fetcher's own token, which never leaves this process (I12)."""
 
     endpoint: str = DEFAULT_ENDPOINT
     token: str | None = None
@@ -53,48 +54,11 @@ class HubSettings(msgspec.Struct, frozen=True):
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> HubSettings:
         """Read HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE, as huggingface_hub names them. Raises BadInput."""
-        token = environ.get("HF_TOKEN", "").strip()
-        if not all(c.isascii() and c.isprintable() and not c.isspace() for c in token):
-            raise BadInput(
-                "HF_TOKEN holds a space, a line break or another character that no token has: set it again"
-            )
         return cls(
-            endpoint=(environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT).rstrip("/"),
-            token=token or None,
+            endpoint=read_endpoint(environ),
+            token=check_token(environ.get("HF_TOKEN", "")) or None,
             offline=environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"),
         )
-
-
-class _ListingClient(httpx2.Client):
-    """The HTTP client given to huggingface_hub, whose own has no timeout and retries for minutes in a thread.
-
-    Here a failure is one of our errors at once, and waiting is up to the download, which publishes it.
-    """
-
-    def __init__(self, source: HttpSource, backoff: HubBackoff, answers: ETagCache) -> None:
-        super().__init__(
-            follow_redirects=True,
-            timeout=httpx2.Timeout(range_reader.SILENCE_TIMEOUT_S, connect=range_reader.CONNECT_TIMEOUT_S),
-        )
-        self._source, self._backoff, self._answers = source, backoff, answers
-
-    def send(self, request: httpx2.Request, **kwargs: Any) -> httpx2.Response:
-        """Send a request, unless the hub has asked us to wait."""
-        self._backoff.check(self._source.name)
-        if "/revision/" in request.url.path:
-            self._answers.add_etag(request)
-        try:
-            response = super().send(request, **kwargs)
-        except range_reader.HTTP_ERRORS as e:
-            raise range_reader.map_http_error(e, self._source) from e
-        if response.status_code == 429 or response.status_code >= 500:
-            response.close()
-            try:
-                range_reader.raise_for_status(response.status_code, response.headers, self._source)
-            except RateLimited as e:
-                self._backoff.record(e)
-                raise
-        return self._answers.resolve(request, response) if "/revision/" in request.url.path else response
 
 
 class HubClient:
@@ -103,11 +67,11 @@ class HubClient:
     def __init__(self, settings: HubSettings, client: httpx2.AsyncClient) -> None:
         self._settings, self._client = settings, client
         self._source = hub_source(settings.endpoint)
-        self._api = HfApi(endpoint=settings.endpoint, token=settings.token or False)
-        self._backoff, self._listings, answers = HubBackoff(), ListingCache(), ETagCache()
+        self._api = HfApi(endpoint=settings.endpoint, token=False)
+        self.tokens = HubTokens(settings.endpoint, settings.token)
+        self._backoff, self._listings = HubBackoff(), ListingCache()
+        self._calls = HubCalls(settings.endpoint, self._source, client, self._backoff)
         self._commits, self._trees = SingleFlight[str](), SingleFlight[list[ManifestFile]]()
-        # huggingface_hub has one client per process, and a fetcher has one hub.
-        set_client_factory(lambda: _ListingClient(self._source, self._backoff, answers))
 
     @property
     def offline(self) -> bool:
@@ -121,38 +85,47 @@ class HubClient:
                 f"no live node has {ref} and HF_HUB_OFFLINE forbids asking the hub: unset it, or pull the model on "
                 "a node with a connection"
             )
+        token = self.tokens.use(ref.repo)
         try:
             async with asyncio.timeout(_LISTING_TIMEOUT_S):
                 commit = ref.revision
                 if not is_commit(commit) or self._listings.get(ref.repo, commit) is None:
-                    commit = await self._commits(ref, lambda: asyncio.to_thread(self._commit_of, ref))
-                files = await self._files_of(ref, commit)
+                    commit = await self._commits(
+                        (ref, token), lambda: self._calls.run(lambda: self._commit_of(ref, token))
+                    )
+                files = await self._files_of(ref, commit, token)
+        except Denied as e:
+            self.tokens.record_denial(ref.repo, token, e)
+            raise
         except TimeoutError:
             raise Expired(
                 f"{self._source.name} did not list {ref} within {_LISTING_TIMEOUT_S:.0f} s; try again"
             ) from None
         return Manifest(repo=ref.repo, commit=commit, files=list(files), revisions=[ref.revision])
 
-    async def _files_of(self, ref: ModelRef, commit: str) -> list[ManifestFile]:
+    async def _files_of(self, ref: ModelRef, commit: str, token: str | None) -> list[ManifestFile]:
         files = self._listings.get(ref.repo, commit)
         if files is None:
-            files = await self._trees((ref.repo, commit), lambda: asyncio.to_thread(self._list, ref, commit))
+            files = await self._trees(
+                (ref.repo, commit, token), lambda: self._calls.run(lambda: self._list(ref, commit, token))
+            )
             self._listings.put(ref.repo, commit, files)
         return files
 
-    def _commit_of(self, ref: ModelRef) -> str:
+    def _commit_of(self, ref: ModelRef, token: str | None) -> str:
         try:
-            return check_commit(self._api.model_info(ref.repo, revision=ref.revision).sha or "")
+            info = self._api.model_info(ref.repo, revision=ref.revision, token=token or False)
+            return check_commit(info.sha or "")
         except Exception as e:
-            raise map_hub_error(e, ref, self._source, has_token=bool(self._settings.token)) from e
+            raise map_hub_error(e, ref, self._source, has_token=bool(token)) from e
 
-    def _list(self, ref: ModelRef, commit: str) -> list[ManifestFile]:
+    def _list(self, ref: ModelRef, commit: str, token: str | None) -> list[ManifestFile]:
         try:
-            entries = self._api.list_repo_tree(ref.repo, recursive=True, revision=commit)
+            entries = self._api.list_repo_tree(ref.repo, recursive=True, revision=commit, token=token or False)
             files = [to_manifest_file(e) for e in islice(filter(is_file, entries), MAX_FILES + 1)]
             check_listing(ref, files)
         except Exception as e:
-            raise map_hub_error(e, ref, self._source, has_token=bool(self._settings.token)) from e
+            raise map_hub_error(e, ref, self._source, has_token=bool(token)) from e
         return files
 
     def read(self, manifest: Manifest, file: ManifestFile, start: int, end: int) -> AbstractAsyncContextManager[Body]:
@@ -160,17 +133,24 @@ class HubClient:
         if self.offline:
             raise HubUnavailable(f"no live node has {file.path} and HF_HUB_OFFLINE forbids asking the hub: unset it")
         url = f"{self._settings.endpoint}/{manifest.repo}/resolve/{manifest.commit}/{quote(file.path)}"
-        headers = {"Authorization": f"Bearer {self._settings.token}"} if self._settings.token else {}
+        token = self.tokens.use(manifest.repo)
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._backoff.check(self._source.name)
-        return self._recording_limits(read_range(self._client, url, headers, start, end, self._source))
+        reading = read_range(self._client, url, headers, start, end, self._source)
+        return self._recording_refusals(reading, manifest.repo, token)
 
     @asynccontextmanager
-    async def _recording_limits(self, reading: AbstractAsyncContextManager[Body]) -> AsyncIterator[Body]:
+    async def _recording_refusals(
+        self, reading: AbstractAsyncContextManager[Body], repo: str, token: str | None
+    ) -> AsyncIterator[Body]:
         try:
             async with reading as body:
                 yield body
         except RateLimited as e:
             self._backoff.record(e)
+            raise
+        except Denied as e:
+            self.tokens.record_denial(repo, token, e)
             raise
 
 
@@ -212,12 +192,13 @@ def map_hub_error(error: Exception, ref: ModelRef, source: HttpSource, has_token
     if isinstance(error, ShoalError):
         return error
     if isinstance(error, GatedRepoError):
-        return Denied(f"{ref} is gated on {name}: accept its terms there, then set HF_TOKEN to your token")
+        return Denied(f"{ref} is gated on {name}: accept its terms there, then {TOKEN_HINT}", source="hub")
     if isinstance(error, RevisionNotFoundError):
         return NotFound(f"{ref.repo} has no revision {ref.revision!r} on {name}: check the name after the @")
     if status == 401 or (isinstance(error, HfHubHTTPError) and status == 403):
-        hint = "check that HF_TOKEN may read it" if has_token else "if it is private, set HF_TOKEN to your token"
-        return Denied(f"{ref.repo} on {name} does not exist or needs a token (HTTP {status}): check the name; {hint}")
+        hint = "check that the token may read it" if has_token else f"if it is private, {TOKEN_HINT}"
+        message = f"{ref.repo} on {name} does not exist or needs a token (HTTP {status}): check the name; {hint}"
+        return Denied(message, source="hub")
     if isinstance(error, RepositoryNotFoundError) or status == 404:
         return NotFound(f"{ref.repo} is not on {name}: check the name (org/name)")
     if status == 429 and response is not None:

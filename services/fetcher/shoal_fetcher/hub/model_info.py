@@ -24,6 +24,8 @@ from shoal_fetcher.hub.client import HubClient
 MAX_CONFIG_BYTES = 1 << 20
 MAX_HEADER_BYTES = 16 << 20
 """Of one file: a hundred times what models have."""
+MAX_HEADERS_BYTES = 64 << 20
+"""Of all files: five times what the largest models have, with 100,000 tensors."""
 _MAX_CONCURRENT_HEADERS = 4
 _MAX_CACHED = 64
 SHAPE_DEADLINE_S = 120.0
@@ -71,11 +73,16 @@ class ModelShapes:
             raise Unsupported(f"{manifest.repo} has no model*.safetensors files")
         config = await self._config(manifest, files["config.json"])
         tensors: dict[str, Tensor] = {}
-        slots = asyncio.Semaphore(_MAX_CONCURRENT_HEADERS)
+        slots, read_bytes = asyncio.Semaphore(_MAX_CONCURRENT_HEADERS), 0
 
         async def add(file: ManifestFile) -> None:
+            nonlocal read_bytes
             async with slots:
-                tensors.update(await self._header(manifest, file))
+                header = await self._header(manifest, file)
+                read_bytes += len(header)
+                if read_bytes > MAX_HEADERS_BYTES:
+                    raise Unsupported(f"the headers of {manifest.repo} have more than {MAX_HEADERS_BYTES >> 20} MiB")
+                tensors.update(await asyncio.to_thread(parse_tensors, header, file.path))
 
         reading = [asyncio.ensure_future(add(file)) for file in weights]
         try:
@@ -97,13 +104,12 @@ class ModelShapes:
         except (ValueError, TypeError, RecursionError) as e:
             raise Corrupt(f"config.json of {manifest.repo} is not a JSON object: {e}") from None
 
-    async def _header(self, manifest: Manifest, file: ManifestFile) -> dict[str, Tensor]:
+    async def _header(self, manifest: Manifest, file: ManifestFile) -> bytes:
         prefix = await self._read_bytes(manifest, file, 0, PREFIX_BYTES)
         end = header_end(prefix, file.path)
         if end > min(file.size_bytes, MAX_HEADER_BYTES):
             raise Corrupt(f"the safetensors header of {file.path} claims to end at byte {end}")
-        header = prefix + await self._read_bytes(manifest, file, PREFIX_BYTES, end)
-        return await asyncio.to_thread(parse_tensors, header, file.path)
+        return prefix + await self._read_bytes(manifest, file, PREFIX_BYTES, end)
 
     async def _read_bytes(self, manifest: Manifest, file: ManifestFile, start: int, end: int) -> bytes:
         """Return bytes [start, end) of a file. Raises Corrupt if the hub sends fewer."""

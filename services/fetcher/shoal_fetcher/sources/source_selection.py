@@ -10,10 +10,12 @@ import msgspec
 from shoal_common.messages.downloads import DownloadState
 from shoal_common.messages.manifest import Manifest, ManifestFile
 from shoal_common.messages.storage import ModelState
+from shoal_common.names import ModelRef
 from shoal_common.store.bitmap import leaf_count
 from shoal_fetcher.sources.failure_policy import BlobHolder, SourceHealth
 
 MIN_RELAYED_LEAVES = 2
+_MAY_READ_HUB = ("queued", "reserving", "fetching", "verifying")
 
 
 class FetchFromPeer(msgspec.Struct, frozen=True):
@@ -58,6 +60,25 @@ def holders(
         if sha256 in download.blobs:
             sha256_by_node[download.node] = sha256
     return [BlobHolder(node, sha256_by_node[node]) for node in sorted(sha256_by_node)]
+
+
+def allowed_by_hub(
+    repo: str, commit: str, downloads: Iterable[DownloadState], reachable: Iterable[str], own_node: str
+) -> dict[str, int]:
+    """Return the live peers that are fetching this model and that the hub has not refused it, with what they have.
+
+    One of them may hold a token that we lack, and read from the hub what we need. `commit`: "" for any.
+    """
+    live = set(reachable) - {own_node}
+    return {
+        d.node: d.done_bytes
+        for d in downloads
+        if d.node in live
+        and d.phase in _MAY_READ_HUB
+        and not d.denied_by_hub
+        and ModelRef.parse(d.model).repo == repo
+        and (not commit or d.commit in ("", commit))
+    }
 
 
 def choose_source(

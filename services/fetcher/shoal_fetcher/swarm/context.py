@@ -9,6 +9,7 @@ import msgspec
 
 from shoal_common.bus.connection import Nats
 from shoal_common.bus.kv_bucket import Buckets
+from shoal_common.errors import Denied
 from shoal_common.messages.manifest import Manifest, ManifestFile
 from shoal_common.store.store_paths import StorePaths
 from shoal_fetcher.cluster_view import ClusterView
@@ -36,6 +37,25 @@ class NodeFetchContext(msgspec.Struct):
     workers: LeafWorkers
     read_counts: Counter[str] = msgspec.field(default_factory=Counter)
     """How many blobs are being read whole from a node, by node."""
+
+    def is_denied(self, manifest: Manifest, progress: Progress) -> bool:
+        """Return whether the hub refuses us this model, so that we wait for a node that may read it there.
+
+        Raises Denied if there is no such node.
+        """
+        denial = self.hub.tokens.denial(manifest.repo)
+        progress.set_denied(denial is not None)
+        if denial is None:
+            return False
+        others = self.allowed_by_hub(manifest)
+        if not others:
+            raise Denied(denial.message, **denial.details)
+        progress.wait_for_others(others)
+        return True
+
+    def allowed_by_hub(self, manifest: Manifest) -> dict[str, int]:
+        """Return the nodes that may read this model from the hub for us, with the bytes that they have."""
+        return self.cluster_view.allowed_by_hub(manifest.repo, manifest.commit)
 
     def partial_blob(self, file: ManifestFile) -> PartialBlob:
         """Return the partial blob of a file, not yet open."""
@@ -74,5 +94,7 @@ class BlobFetchContext(msgspec.Struct):
         return self.health.askable(self.node_context.cluster_view.holders_restarting(self.blob, self.manifest))
 
     def has_other_source(self) -> bool:
-        """Return whether a refusal by the hub is not final, because a node has the blob."""
-        return bool(self.health.not_banned(self.node_context.cluster_view.holders(self.blob, self.manifest)))
+        """Return whether a refusal by the hub is not final: a node has the blob, or may read it there."""
+        node_context = self.node_context
+        holders = node_context.cluster_view.holders(self.blob, self.manifest)
+        return bool(self.health.not_banned(holders) or node_context.allowed_by_hub(self.manifest))

@@ -15,7 +15,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from shoal_common.bus.cluster_lease import ClusterLease, acquire, hold
 from shoal_common.bus.keys import origin_key
 from shoal_common.concurrency.notifier import Notifier
-from shoal_common.errors import Corrupt, InternalError, ShoalError, Unavailable
+from shoal_common.errors import Corrupt, Denied, InternalError, ShoalError, Unavailable
 from shoal_common.logs import StructuredLogger
 from shoal_common.store.bitmap import LEAF_BYTES
 from shoal_common.store.leaf_hash import hash_leaf_list
@@ -198,7 +198,8 @@ class Origin:
         fetch = self._fetch
         if self._task is not None or now_s < self._retry_at_s or not self._is_needed():
             return
-        if fetch.node_context.cluster_view.origin_of(fetch.blob) in (None, fetch.node_context.node):
+        is_free = fetch.node_context.cluster_view.origin_of(fetch.blob) in (None, fetch.node_context.node)
+        if is_free and not self._is_denied():
             self._task = asyncio.create_task(self._run())
             self._task.add_done_callback(self._ended)
 
@@ -211,6 +212,18 @@ class Origin:
         if fetch.holders() and self._lists.agreed_digest() and not self._lists.is_unavailable:
             return False  # the holders have the list
         return bool(fetch.missing()) or fetch.wanted == fetch.partial.all_leaves
+
+    def _is_denied(self) -> bool:
+        """Return whether the hub refuses us what we would read there, and not to another node."""
+        fetch = self._fetch
+        if fetch.holders() or not fetch.missing() & ~self._elsewhere():
+            return False
+        try:
+            return fetch.node_context.is_denied(fetch.manifest, fetch.progress)
+        except Denied as e:
+            self.failed = e
+            fetch.notify()
+            return True
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._task = None

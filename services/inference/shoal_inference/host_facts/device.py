@@ -20,6 +20,7 @@ import psutil
 from shoal_common.host.cgroup import AvailableMemory, tightest
 from shoal_common.host.own_process import python_environment
 from shoal_common.logs import StructuredLogger
+from shoal_common.messages import DECODE_ERRORS
 from shoal_inference.stage.compute.device import Device
 from shoal_inference.stage.ipc.blas import child_environment
 
@@ -52,7 +53,7 @@ def machine_fingerprint() -> str:
 def _read(home: Path, machine: str) -> DeviceCache | None:
     try:
         cached = msgspec.json.decode((home / "device.json").read_bytes(), type=DeviceCache)
-    except (OSError, msgspec.MsgspecError):
+    except (OSError, *DECODE_ERRORS):
         return None
     return cached if cached.machine == machine and cached.device.bytes_per_s > 0 else None
 
@@ -149,7 +150,7 @@ async def _detect(measure: bool) -> Device | None:
         return msgspec.json.decode(output, type=Device)
     except TimeoutError:
         log.warning("device detection timed out", timeout_s=DETECTION_TIMEOUT_S)
-    except msgspec.MsgspecError:
+    except DECODE_ERRORS:
         log.warning("device detection failed", reason=errors.decode(errors="replace")[-300:])
     finally:
         if process.returncode is None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from shoal_common.host.cgroup import MemoryLimit
 
 _STALLS = Path("/proc/pressure/memory")
-_SOME = re.compile(r"^some avg10=([0-9.]+)", re.MULTILINE)
+_SOME = re.compile(r"^some avg10=([0-9]+(?:\.[0-9]+)?)", re.MULTILINE)
 _STEPS_PERCENT = (1.0, 20.0)
 """Share of the last ten seconds in which some task waited for memory."""
 _MACOS_LEVELS = {1: 0, 2: 1, 4: 2}

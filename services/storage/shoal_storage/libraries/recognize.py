@@ -13,7 +13,7 @@ from typing import Literal
 import msgspec
 
 from shoal_common.errors import BadName, ShoalError
-from shoal_common.messages import decode
+from shoal_common.messages import DECODE_ERRORS, decode
 from shoal_common.messages.manifest import Manifest, ManifestFile
 from shoal_common.names import LOCAL_REVISION, ModelId, ModelRef, check_commit, check_file_path
 from shoal_common.store.store_paths import FORMAT_VERSION, StorePaths
@@ -226,7 +226,7 @@ def _require_complete(listing: LibraryListing, directory: str, files: Iterable[L
 def _indexed_files(text: bytes) -> set[str]:
     try:
         return set(msgspec.json.decode(text, type=_Index).weight_map.values())
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except DECODE_ERRORS:
         return set()
 
 

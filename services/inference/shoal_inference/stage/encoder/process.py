@@ -19,6 +19,7 @@ import psutil
 
 from shoal_common.errors import BadInput, StageLost
 from shoal_common.logs import StructuredLogger
+from shoal_common.messages import DECODE_ERRORS
 from shoal_common.messages.generation import ChatMessage
 from shoal_inference.stage.encoder.messages import (
     MAX_LINE_BYTES,
@@ -103,7 +104,7 @@ class _EncoderProcess:
             raise _EncoderEnded(f"it takes longer than {elapsed_s:g} s") from None
         except asyncio.LimitOverrunError:
             raise _EncoderEnded(f"the answer is longer than {MAX_LINE_BYTES} bytes") from None
-        except msgspec.MsgspecError as error:
+        except DECODE_ERRORS as error:
             raise _EncoderEnded(f"its answer does not decode: {error}") from None
         except (asyncio.IncompleteReadError, OSError):
             status = await self._process.wait()

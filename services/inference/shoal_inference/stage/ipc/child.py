@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 
-import msgspec
-
+from shoal_common.messages import DECODE_ERRORS
 from shoal_inference.stage.errors import BadControl
 from shoal_inference.stage.ipc.messages import MAX_LINE_BYTES, FromChild, ToChild, decode_to_child, encode_line
 
@@ -41,7 +40,7 @@ class Channel:
             raise BadControl(f"the parent sent a line longer than {MAX_LINE_BYTES} bytes") from error
         try:
             return decode_to_child(line)
-        except msgspec.MsgspecError as error:
+        except DECODE_ERRORS as error:
             raise BadControl(f"a line from the parent does not decode: {error}") from error
 
     def emit(self, message: FromChild) -> None:

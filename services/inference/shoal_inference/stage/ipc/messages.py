@@ -185,10 +185,10 @@ def encode_line(message: ToChild | FromChild) -> bytes:
 
 
 def decode_to_child(line: bytes) -> ToChild:
-    """What the parent said; raises msgspec.MsgspecError."""
+    """What the parent said; raises DECODE_ERRORS."""
     return _to_child.decode(line)
 
 
 def decode_from_child(line: bytes) -> FromChild:
-    """What the child said; raises msgspec.MsgspecError."""
+    """What the child said; raises DECODE_ERRORS."""
     return _from_child.decode(line)

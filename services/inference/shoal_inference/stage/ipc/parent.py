@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import IO
 
-import msgspec
-
 from shoal_common.host.own_process import python_environment
+from shoal_common.messages import DECODE_ERRORS
 from shoal_common.redaction import HUB_TOKENS
 from shoal_inference.stage.errors import BadControl, LinkClosed
 from shoal_inference.stage.ipc.blas import child_environment
@@ -114,7 +113,7 @@ class StageProcess:
             raise BadControl(f"stage process {self.pid} sent a line beyond {MAX_LINE_BYTES} bytes") from error
         try:
             return decode_from_child(line)
-        except msgspec.MsgspecError as error:
+        except DECODE_ERRORS as error:
             raise BadControl(f"a line from stage process {self.pid} does not decode: {error}") from error
 
     async def wait(self) -> int:

@@ -8,6 +8,7 @@ import msgspec
 
 from shoal_common.errors import Busy, Expired, InternalError, ShoalError
 from shoal_common.logs import StructuredLogger
+from shoal_common.messages import DECODE_ERRORS
 from shoal_inference.stage.compute.engine import Hidden
 from shoal_inference.stage.requests.pipeline import StagePipeline
 from shoal_inference.stage.requests.request_table import RequestState
@@ -57,7 +58,7 @@ class FollowerDriver:
         core, key = self._core, frame.header.request
         try:
             ask = msgspec.json.decode(frame.meta, type=Open)
-        except msgspec.MsgspecError as error:
+        except DECODE_ERRORS as error:
             log.warning("undecodable OPEN frame dropped", reason=str(error))
             return
         entry = RequestState(key, ask.request, asyncio.get_running_loop().time())
@@ -103,5 +104,5 @@ class FollowerDriver:
 def _reason(frame: Frame) -> str:
     try:
         return msgspec.json.decode(frame.meta, type=End).reason
-    except msgspec.MsgspecError:
+    except DECODE_ERRORS:
         return ""

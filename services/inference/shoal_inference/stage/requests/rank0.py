@@ -11,6 +11,7 @@ from msgspec import structs
 
 from shoal_common.errors import Busy, ErrorBody, Expired, InternalError, ShoalError, StageLost, from_body
 from shoal_common.logs import StructuredLogger
+from shoal_common.messages import DECODE_ERRORS
 from shoal_common.messages.generation import Accepted, Generate, TokenEvent
 from shoal_inference.stage.compute import prefill
 from shoal_inference.stage.errors import LinkError
@@ -270,5 +271,5 @@ def _continued(plan: prefill.PrefillPlan, opening: Open, said: Sequence[int]) ->
 def _failure(frame: Frame) -> ShoalError:
     try:
         return from_body(msgspec.json.decode(frame.meta, type=ErrorBody))
-    except msgspec.MsgspecError as error:
+    except DECODE_ERRORS as error:
         return InternalError(f"a stage ended the request with an undecodable reason: {error}")

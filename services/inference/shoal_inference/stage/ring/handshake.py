@@ -11,6 +11,7 @@ import hmac
 
 import msgspec
 
+from shoal_common.messages import DECODE_ERRORS
 from shoal_inference.stage.errors import HandshakeRefused
 
 MAGIC = b"SHLH\x01\x00\x00\x00"
@@ -90,7 +91,7 @@ def check_hello(place: RingPlace, acceptor_nonce: bytes, body: bytes) -> bytes:
     """The connector's nonce if it is this stage's predecessor in this ring; raises Refused saying what differs."""
     try:
         said = msgspec.json.decode(body, type=Hello)
-    except msgspec.MsgspecError as error:
+    except DECODE_ERRORS as error:
         raise HandshakeRefused(f"its hello does not decode: {error}") from None
     # The claims are compared for the log's sake; only the proof is believed, and it covers this stage's own values.
     claims = (
