@@ -9,13 +9,14 @@ from pathlib import Path
 
 from scripts.generated_page import update
 from shoal_common.settings.declaration import Section, Setting, settings_of
-from shoal_common.settings.node import InferenceSettings, PortSettings, StorageSettings
+from shoal_common.settings.node import FileserverSettings, InferenceSettings, PortSettings, StorageSettings
 from shoal_gateway.settings import GatewayTimeouts
 from shoal_placement.settings import PlacementSettings
 
 PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
 SECTIONS: tuple[type[Section], ...] = (
     StorageSettings,
+    FileserverSettings,
     InferenceSettings,
     PlacementSettings,
     GatewayTimeouts,
@@ -39,6 +40,8 @@ def default_text(setting: Setting) -> str:
         return "none"
     if setting.is_text and setting.unit:
         return setting.unit.format(setting.default)
+    if isinstance(setting.default, bool):
+        return f"`{str(setting.default).lower()}`"
     number = f"{setting.default:g}" if isinstance(setting.default, float) else f"{setting.default}"
     return f"`{number}`, {setting.unit.format(setting.default)}" if setting.unit else f"`{number}`"
 

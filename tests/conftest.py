@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, settings
 
 from tests.harness import forked
 from tests.harness.fresh import Fresh
+from tests.harness.identities import Authority
 from tests.harness.nats import NatsServer
 from tests.harness.ports import held_closed
 
@@ -60,6 +61,26 @@ def nats(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NatsServer]:
 def own_nats(tmp_path: Path) -> Iterator[NatsServer]:
     """A NATS server of this test alone, to stop, kill, restart or wipe."""
     with NatsServer(tmp_path / "nats") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """The authority of the members in all tests with real services."""
+    return Authority(tmp_path_factory.mktemp("nodes"))
+
+
+@pytest.fixture(scope="session")
+def members_nats(tmp_path_factory: pytest.TempPathFactory, authority: Authority) -> Iterator[NatsServer]:
+    """A NATS server for all tests with members that leave it alone. Use names from `fresh`."""
+    with NatsServer(tmp_path_factory.mktemp("nats"), authority=authority) as server:
+        yield server
+
+
+@pytest.fixture
+def own_members_nats(tmp_path: Path, authority: Authority) -> Iterator[NatsServer]:
+    """A NATS server of this test alone for members."""
+    with NatsServer(tmp_path / "nats", authority=authority) as server:
         yield server
 
 

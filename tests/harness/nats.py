@@ -14,9 +14,11 @@ from typing import Self
 
 import msgspec
 
-from shoal_common.bus.connection import Nats, connected
+from shoal_common.bus.connection import Nats, connected, login_of
 from shoal_common.bus.kv_bucket import Buckets
 from shoal_common.bus.streams import ensure_streams
+from shoal_common.identity.node_identity import CLI
+from tests.harness.identities import Authority
 from tests.harness.ports import ReservedPort
 from tests.harness.process import is_at_work
 
@@ -34,6 +36,13 @@ jetstream {{
   max_memory_store: 64MB
 }}
 """
+_TLS = """
+tls {{
+  cert_file: "{operator.certificate_file}"
+  key_file: "{operator.key_file}"
+  handshake_first: true
+}}
+"""
 
 
 class _Ports(msgspec.Struct):
@@ -43,8 +52,8 @@ class _Ports(msgspec.Struct):
 class NatsServer:
     """A nats-server with JetStream that syncs every acknowledged write to disk. Starts on entering the context.
 
-    `within` is a command that runs it by exec, such as `ip netns exec`; it needs a given port. `settings` are more
-    lines of its configuration.
+    `within` is a command that runs it by exec, such as `ip netns exec`; it needs a given port. With an authority it
+    speaks TLS, for the members of its cluster. `settings` are more lines of its configuration.
     """
 
     def __init__(
@@ -54,9 +63,14 @@ class NatsServer:
         port: int = 0,
         within: tuple[str, ...] = (),
         settings: str = "",
+        authority: Authority | None = None,
     ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
+        self.operator = authority.operator(directory) if authority else None
+        """Whose certificate it has, and as whom a test logs in."""
+        if self.operator:
+            settings += _TLS.format(operator=self.operator)
         self.url = ""
         self._reserved = None if port else ReservedPort(host)
         self._host, self._within, self._settings = host, within, settings
@@ -156,6 +170,7 @@ class Joined:
 @asynccontextmanager
 async def joined(server: NatsServer) -> AsyncIterator[Joined]:
     """Connect as a service does, after creating streams and buckets."""
-    async with connected([server.url], "test", timeout_s=START_DEADLINE_S) as nats:
+    login = login_of(server.operator, CLI) if server.operator else None
+    async with connected([server.url], "test", START_DEADLINE_S, login) as nats:
         await ensure_streams(nats.js)
         yield Joined(nats)

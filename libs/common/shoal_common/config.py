@@ -7,7 +7,6 @@
     SHOAL_NATS       NATS servers, comma-separated               those of the cluster it joined, or 127.0.0.1:4222
     SHOAL_BIND       address that data ports listen on           127.0.0.1
     SHOAL_ADVERTISE  addresses for peers, comma-separated        the bound one, or every interface's (interfaces.py)
-    SHOAL_SECRET     shared by the cluster's nodes; needed beyond loopback
     SHOAL_LOG        debug, info, warning                        info
     SHOAL_REPLICAS   copies of streams and buckets in a NATS cluster   1
 """
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from msgspec import structs
 
 from shoal_common.bus.subjects import ANY
 from shoal_common.errors import BadInput, BadName, Refused
@@ -50,7 +50,6 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     nats: list[str]
     bind: str = "127.0.0.1"
     advertise: list[str] = []
-    secret: str = ""
     log_level: str = "info"
     replicas: int = 1
     settings: dict[str, Any] = {}
@@ -63,9 +62,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         """Directory of this node's store."""
         return store_directory(self.home, self.settings)
 
-    def links(self, port: int, interfaces: Sequence[Interface]) -> list[NodeAddress]:
-        """Return the addresses of a data port of this node, best first."""
-        return addresses.published_addresses(self.bind, self.advertise, port, interfaces)
+    def links(
+        self, port: int, interfaces: Sequence[Interface], bind: str = "", tls: bool = False
+    ) -> list[NodeAddress]:
+        """Return the addresses of a data port of this node, best first; `bind` if it has an address of its own."""
+        links = addresses.published_addresses(bind or self.bind, self.advertise, port, interfaces)
+        return [structs.replace(link, tls=tls) for link in links]
 
 
 def is_loopback(host: str) -> bool:
@@ -76,6 +78,15 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         raise BadInput(f"{host!r} is not an address to listen on: give one like 127.0.0.1 or 0.0.0.0") from None
+
+
+def check_bind(service: str, bind: str, identity: NodeIdentity | None) -> None:
+    """Refuse to listen beyond loopback outside a cluster (I12). Raises BadInput."""
+    if not is_loopback(bind) and identity is None:
+        raise BadInput(
+            f"{service} will not listen on {bind} without an identity (I12): start the cluster's first node with "
+            "`shoal up --bind`, the others after `shoal join`"
+        )
 
 
 def home_directory(environ: Mapping[str, str]) -> Path:
@@ -195,14 +206,9 @@ def read_config(service: str, environ: Mapping[str, str]) -> Config:
     """Return one service's configuration. Raises BadInput if something is missing or wrong."""
     home = home_directory(environ)
     bind = environ.get("SHOAL_BIND") or "127.0.0.1"
-    settings = read_settings_file(home)
-    node, secret = ensure_node_id(home), environ.get("SHOAL_SECRET", "")
+    node, settings = ensure_node_id(home), read_settings_file(home)
     identity = load_identity(home, node)
-    if not is_loopback(bind) and not secret and identity is None:
-        raise BadInput(
-            f"{service} will not listen on {bind} without a credential (I12): set SHOAL_SECRET, "
-            "or start the node with `shoal up --bind`, which creates one"
-        )
+    check_bind(service, bind, identity)
     replicas, log_level = environ.get("SHOAL_REPLICAS") or "1", environ.get("SHOAL_LOG") or "info"
     if replicas not in ("1", "3", "5"):
         raise BadInput(f"SHOAL_REPLICAS is {replicas!r}: set 1, 3 or 5")
@@ -215,7 +221,6 @@ def read_config(service: str, environ: Mapping[str, str]) -> Config:
         nats=_nats_servers(environ, settings, identity is not None),
         bind=bind,
         advertise=[a.strip() for a in environ.get("SHOAL_ADVERTISE", "").split(",") if a.strip()],
-        secret=secret,
         log_level=log_level,
         replicas=int(replicas),
         settings=settings,

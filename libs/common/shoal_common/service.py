@@ -98,12 +98,15 @@ class ServiceContext:
 
         self.liveness.publish_now(facts, published)
 
-    async def follow_interfaces(self, port: int | None = None) -> None:
-        """Keep `interfaces` current from now on, and publish the addresses of a data port if there is one."""
+    async def follow_interfaces(self, port: int | None = None, bind: str = "", tls: bool = False) -> None:
+        """Keep `interfaces` current from now on, and publish the addresses of a data port if there is one.
+
+        `bind` is the address that it listens on, if not the node's; `tls`, whether it speaks TLS.
+        """
 
         def read_links() -> list[NodeAddress]:
             interfaces = self.interfaces.refresh()
-            return [] if port is None else self.config.links(port, interfaces)
+            return [] if port is None else self.config.links(port, interfaces, bind, tls)
 
         await asyncio.to_thread(self.interfaces.refresh)
         self.liveness.track_addresses(read_links)

@@ -11,6 +11,7 @@ import pytest
 from shoal_common.config import ensure_node_id, read_config
 from shoal_common.errors import BadInput, BadName, Refused
 from shoal_common.host.interfaces import read_interfaces
+from tests.harness.identities import Authority
 from tests.harness.modes import make_wrong
 from tests.harness.process import node_environment, started
 
@@ -129,16 +130,18 @@ def test_I10_a_settings_file_with_a_fault_is_refused_naming_it(tmp_path: Path, t
 
 
 @pytest.mark.parametrize("bind", ["0.0.0.0", "::", "10.1.2.3"])
-def test_I12_beyond_loopback_nothing_starts_without_a_secret(tmp_path: Path, bind: str) -> None:
-    with pytest.raises(BadInput, match="SHOAL_SECRET"):
-        read_config("storage", environment(tmp_path, SHOAL_BIND=bind))
-    assert read_config("storage", environment(tmp_path, SHOAL_BIND=bind, SHOAL_SECRET="s")).bind == bind
+def test_I12_beyond_loopback_nothing_starts_without_an_identity(tmp_path: Path, bind: str) -> None:
+    given = {"SHOAL_BIND": bind, "SHOAL_SECRET": "opens nothing"}
+    with pytest.raises(BadInput, match="without an identity"):
+        read_config("fileserver", environment(tmp_path / "a", **given))
+    Authority(tmp_path).node("a")
+    assert read_config("fileserver", environment(tmp_path / "a", **given)).bind == bind
 
 
 @pytest.mark.parametrize("bind", ["127.0.0.1", "::1", "localhost"])
-def test_on_loopback_no_secret_is_needed(tmp_path: Path, bind: str) -> None:
+def test_on_loopback_no_identity_is_needed(tmp_path: Path, bind: str) -> None:
     config = read_config("storage", environment(tmp_path, SHOAL_BIND=bind))
-    assert config.secret == ""
+    assert config.identity is None
     (link,) = config.links(7000, [])
     assert link.address in ("127.0.0.1:7000", "[::1]:7000") and link.kind == "loopback"
 
@@ -154,11 +157,12 @@ def test_a_setting_that_cannot_be_is_refused_by_name(tmp_path: Path, more: dict[
 
 
 def test_peers_get_the_advertised_addresses_or_the_interfaces(tmp_path: Path) -> None:
-    given = {"SHOAL_BIND": "0.0.0.0", "SHOAL_SECRET": "s"}
+    Authority(tmp_path).node("a")
+    given = environment(tmp_path / "a", SHOAL_BIND="0.0.0.0")
     here = read_interfaces()
-    config = read_config("storage", environment(tmp_path, SHOAL_ADVERTISE="10.0.0.9, fd00::9", **given))
+    config = read_config("storage", given | {"SHOAL_ADVERTISE": "10.0.0.9, fd00::9"})
     assert [link.address for link in config.links(7000, here)] == ["10.0.0.9:7000", "[fd00::9]:7000"]
-    found = [link.address for link in read_config("storage", environment(tmp_path, **given)).links(7000, here)]
+    found = [link.address for link in read_config("storage", given).links(7000, here)]
     assert found and all(a.endswith(":7000") and not a.startswith("0.0.0.0") for a in found)
 
 

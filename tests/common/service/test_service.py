@@ -82,7 +82,7 @@ async def test_a_second_process_of_a_service_exits_with_9(nats: NatsServer, home
 async def test_a_bad_setting_ends_a_service_with_2_in_one_line(home: Home) -> None:
     async with started(TOY, environment=home.environment(SHOAL_BIND="0.0.0.0")) as toy:
         assert await toy.wait_exit() == 2
-        assert len(toy.lines) == 1 and "SHOAL_SECRET" in toy.lines[0]
+        assert len(toy.lines) == 1 and "without an identity" in toy.lines[0]
 
 
 async def test_systemd_hears_of_ready_watchdog_and_stopping(home: Home, tmp_path: Path) -> None:

@@ -12,42 +12,21 @@ from hypothesis import strategies as st
 
 from shoal_common.errors import BadInput, Denied
 from shoal_common.identity import certificates
-from shoal_common.identity.certificates import create_authority, issue, node_host, public_key_of
+from shoal_common.identity.certificates import issue, node_host, public_key_of
 from shoal_common.identity.nkey import Nkey, check_public_nkey, is_signed_by
 from shoal_common.identity.node_identity import NodeIdentity, load_identity
 from shoal_common.identity.peer_secrets import PeerSecrets
 from shoal_common.identity.tls import client_context, server_context
+from tests.harness.identities import Authority
 
 # From the documentation of nkeys: a user's seed and its public key.
 SEED = "SUACSSL3UAHUDXKFSNVUZRF5UHPMWZ6BFDTJ7M6USDXIEDNPPQYYYCU3VY"
 PUBLIC = "UDXU4RCSJNZOIQHZNWXHXORDPRTGNJAHAHFRGZNEEJCPQTT2M7NLCNF4"
 
 
-class Cluster:
-    """An authority, and the nodes that it has let in."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.key, self.authority = create_authority("test")
-        self.certificates: dict[str, str] = {}
-
-    def node(self, name: str) -> NodeIdentity:
-        """Return the identity of a new member."""
-        identity = NodeIdentity(self.directory / name, name)
-        identity.create()
-        pem = issue(self.key, self.authority, identity.signing_request(), name, ["127.0.0.1"])
-        identity.save({"ca.crt": self.authority.decode(), "node.crt": pem})
-        self.certificates[name] = pem
-        return identity
-
-    def secrets(self, identity: NodeIdentity) -> PeerSecrets:
-        """Return what a node shares with the others."""
-        return PeerSecrets(identity, self.certificates.get)
-
-
 @pytest.fixture
-def cluster(tmp_path: Path) -> Cluster:
-    return Cluster(tmp_path)
+def cluster(tmp_path: Path) -> Authority:
+    return Authority(tmp_path)
 
 
 def test_an_nkey_has_the_text_that_NATS_gives_it() -> None:
@@ -71,7 +50,7 @@ def test_a_signature_holds_for_one_nonce_and_one_key(nonce: str) -> None:
     assert not is_signed_by(PUBLIC, nonce, key.sign(nonce))
 
 
-def test_I12_the_files_of_an_identity_are_private_and_kept(cluster: Cluster) -> None:
+def test_I12_the_files_of_an_identity_are_private_and_kept(cluster: Authority) -> None:
     identity = cluster.node("a")
     public = identity.public_nkeys()
     assert len(set(public.values())) == 7
@@ -83,14 +62,14 @@ def test_I12_the_files_of_an_identity_are_private_and_kept(cluster: Cluster) -> 
     assert again.public_nkeys() == public
 
 
-def test_a_node_that_left_has_no_identity(cluster: Cluster) -> None:
+def test_a_node_that_left_has_no_identity(cluster: Authority) -> None:
     identity = cluster.node("a")
     identity.remove()
     assert load_identity(cluster.directory / "a", "a") is None
     assert list(identity.directory.iterdir()) == []
 
 
-def test_a_missing_or_damaged_key_is_named_without_its_text(cluster: Cluster) -> None:
+def test_a_missing_or_damaged_key_is_named_without_its_text(cluster: Authority) -> None:
     identity = cluster.node("a")
     path = identity.directory / "storage.nk"
     path.write_text(SEED[:-2])
@@ -102,32 +81,32 @@ def test_a_missing_or_damaged_key_is_named_without_its_text(cluster: Cluster) ->
         identity.nkey("storage")
 
 
-def test_a_certificate_is_of_one_node_and_one_authority(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_certificate_is_of_one_node_and_one_authority(cluster: Authority, tmp_path: Path) -> None:
     a = cluster.node("a")
-    assert public_key_of(a.certificate, cluster.authority, "a") == a.private_key.public_key()
+    assert public_key_of(a.certificate, cluster.certificate, "a") == a.private_key.public_key()
     with pytest.raises(Denied, match="not that of node b"):
-        public_key_of(a.certificate, cluster.authority, "b")
+        public_key_of(a.certificate, cluster.certificate, "b")
     with pytest.raises(Denied, match="not from this cluster"):
-        public_key_of(Cluster(tmp_path / "other").node("a").certificate, cluster.authority, "a")
+        public_key_of(Authority(tmp_path / "other").node("a").certificate, cluster.certificate, "a")
     with pytest.raises(Denied, match="not from this cluster"):
-        public_key_of("garbage", cluster.authority, "a")
+        public_key_of("garbage", cluster.certificate, "a")
 
 
-def test_a_request_that_is_not_signed_by_its_key_is_refused(cluster: Cluster) -> None:
+def test_a_request_that_is_not_signed_by_its_key_is_refused(cluster: Authority) -> None:
     request = cluster.node("a").signing_request()
     for wrong in ("", "garbage", request[: len(request) // 2], request * 60):
         with pytest.raises(BadInput, match="request for a certificate"):
-            issue(cluster.key, cluster.authority, wrong, "a", [])
+            issue(cluster.key, cluster.certificate, wrong, "a", [])
 
 
-def test_two_nodes_share_a_secret_that_no_third_one_has(cluster: Cluster) -> None:
+def test_two_nodes_share_a_secret_that_no_third_one_has(cluster: Authority) -> None:
     a, b, c = (cluster.secrets(cluster.node(n)) for n in "abc")
     assert len(a.shared_with("b")) == 64
     assert a.shared_with("b") == b.shared_with("a")
     assert len({a.shared_with("b"), a.shared_with("c"), b.shared_with("c"), c.shared_with("c")}) == 4
 
 
-def test_a_node_that_is_no_member_shares_nothing(cluster: Cluster) -> None:
+def test_a_node_that_is_no_member_shares_nothing(cluster: Authority) -> None:
     a = cluster.secrets(cluster.node("a"))
     with pytest.raises(Denied, match="not a member"):
         a.shared_with("b")
@@ -151,7 +130,7 @@ def handshake(server: NodeIdentity, client: NodeIdentity, host: str) -> None:
             continue
 
 
-def test_TLS_proves_the_node_that_was_meant(cluster: Cluster, tmp_path: Path) -> None:
+def test_TLS_proves_the_node_that_was_meant(cluster: Authority, tmp_path: Path) -> None:
     a, b = cluster.node("a"), cluster.node("b")
     handshake(a, b, node_host("a"))
     handshake(a, b, "127.0.0.1")
@@ -159,4 +138,4 @@ def test_TLS_proves_the_node_that_was_meant(cluster: Cluster, tmp_path: Path) ->
         with pytest.raises(ssl.SSLCertVerificationError):
             handshake(a, b, host)
     with pytest.raises(ssl.SSLCertVerificationError):
-        handshake(Cluster(tmp_path / "other").node("a"), b, node_host("a"))
+        handshake(Authority(tmp_path / "other").node("a"), b, node_host("a"))

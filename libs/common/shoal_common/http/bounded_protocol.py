@@ -14,7 +14,7 @@ from functools import cached_property, partial
 from typing import Any, TypeVar, cast
 
 from uvicorn._types import ASGI3Application
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from shoal_common.errors import ShoalError, Unavailable
 from shoal_common.http import connection_eviction
@@ -23,6 +23,7 @@ from shoal_common.http.connection_eviction import ConnectionInfo
 from shoal_common.http.errors import BodyTooSlow, HeadTooLarge, TooLarge
 from shoal_common.http.host_rule import host_error, names_loopback
 from shoal_common.http.same_user import is_forwarded, is_same_user
+from shoal_common.http.tls_protocol import TlsHttpProtocol
 from shoal_common.logs import StructuredLogger
 
 log = StructuredLogger("http")
@@ -63,7 +64,7 @@ class _RequestDropped(Exception):
     """Ends the parsing of a connection that is closed."""
 
 
-class BoundedHttpProtocol(HttpToolsProtocol):
+class BoundedHttpProtocol(TlsHttpProtocol):
     """An HTTP connection."""
 
     rules: HttpRules
@@ -317,7 +318,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._idle_since_s = time.monotonic()
         self._release_body()
         super().on_response_complete()
-        unread_bytes = self.transport.get_write_buffer_size()
+        unread_bytes = self.unsent_bytes
         if unread_bytes and self._unread_timer is None:
             self._expect_reader(unread_bytes)
 
@@ -327,7 +328,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def _check_reader(self, unread_before_bytes: int) -> None:
         """Disconnect a client that read nothing of a complete response; one that reads slowly is waited for."""
         self._unread_timer = None
-        unread_bytes = self.transport.get_write_buffer_size()
+        unread_bytes = self.unsent_bytes
         if not unread_bytes or not self._idle:
             return
         if unread_bytes >= unread_before_bytes:

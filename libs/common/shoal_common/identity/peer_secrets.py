@@ -26,8 +26,16 @@ class PeerSecrets:
         self._identity, self._certificate_of = identity, certificate_of
         self._known: dict[str, tuple[str, str]] = {}
 
+    @property
+    def has_identity(self) -> bool:
+        """Whether this node belongs to a cluster, and so shares secrets at all."""
+        return self._identity is not None
+
     def shared_with(self, node: str) -> str:
-        """Return the secret shared with a node; "" where this node has no cluster. Raises Denied for a stranger."""
+        """Return the secret shared with a node; "" where this node has no cluster.
+
+        Raises Denied for a stranger, BadName for what is no node's name.
+        """
         if self._identity is None:
             return ""
         certificate = self._certificate_of(node)

@@ -6,9 +6,21 @@ server; clients prove themselves inside it, by a key of NATS or a token.
 
 from __future__ import annotations
 
+import os
 import ssl
+from typing import Protocol
 
-from shoal_common.identity.node_identity import NodeIdentity
+
+class CertificateFiles(Protocol):
+    """The files with which a node listens (`NodeIdentity`)."""
+
+    @property
+    def certificate_file(self) -> str | os.PathLike[str]:
+        """The node's certificate."""
+
+    @property
+    def key_file(self) -> str | os.PathLike[str]:
+        """Its key."""
 
 
 def client_context(authority: bytes) -> ssl.SSLContext:
@@ -26,9 +38,17 @@ def unverified_context() -> ssl.SSLContext:
     return context
 
 
-def server_context(identity: NodeIdentity) -> ssl.SSLContext:
-    """Return the context for listening as this node."""
+def tls_error(error: ssl.SSLError) -> str:
+    """Return what is wrong, without the library's punctuation."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is not that node's ({error.verify_message})"
+    return (error.reason or str(error)).replace("_", " ").lower()
+
+
+def server_context(files: CertificateFiles) -> ssl.SSLContext:
+    """Return the context for listening as a node. Blocking."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.load_cert_chain(identity.certificate_file, identity.key_file)
+    context.num_tickets = 0  # nobody resumes a session, and nothing comes before the first answer
+    context.load_cert_chain(files.certificate_file, files.key_file)
     return context

@@ -31,6 +31,8 @@ class NodeAddress(WireStruct):
     """thunderbolt, ethernet, wifi, virtual or loopback; "" or any other word means unknown."""
     mbit: int = 0
     """Interface speed in Mbit/s; 0 if the system does not report it."""
+    tls: bool = False
+    """The port speaks TLS there, with the node's certificate, and nothing else."""
 
 
 class NodeFacts(WireStruct):
@@ -40,6 +42,8 @@ class NodeFacts(WireStruct):
     """Addresses of the data port, `host:port`, best first (fileserver, gateway)."""
     links: list[NodeAddress] = []
     """The same addresses with their interfaces, plus loopback where the port listens on it, for this machine only."""
+    serves_peers: bool = True
+    """Whether other nodes may read blobs there (fileserver)."""
     memory_total_bytes: int = 0
     """Memory that instances may use at most: the machine's, or less if a setting says so (inference)."""
     memory_available_bytes: int = 0

@@ -140,6 +140,8 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
             return " or ".join(f'"{choice}"' for choice in self.choices)
         if isinstance(self.kind, inspect.VarTupleType):
             return f"a list of at most {self.kind.max_length} directories, each absolute or with ~"
+        if isinstance(self.kind, inspect.BoolType):
+            return "true or false"
         if isinstance(self.kind, inspect.IntType | inspect.FloatType):
             number = "a whole number" if isinstance(self.kind, inspect.IntType) else "a number"
             unit = f" of {self.unit.name}" if self.unit else ""

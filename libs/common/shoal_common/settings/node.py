@@ -138,6 +138,42 @@ class StorageSettings(PublishedSettings, frozen=True, kw_only=True):
     ] = ""
 
 
+class EncryptionSettings(Section, frozen=True, kw_only=True):
+    """What is encrypted between machines. Hidden states always are."""
+
+    section: ClassVar[str] = "transfer"
+
+    encrypt_weights: Annotated[
+        bool,
+        setting(
+            "send weights to other machines encrypted, and take no others; false saves processor time where nobody "
+            "else can listen"
+        ),
+    ] = True
+
+
+class FileserverSettings(EncryptionSettings, frozen=True, kw_only=True):
+    """What this node's fileserver offers."""
+
+    section: ClassVar[str] = "fileserver"
+
+    serve_peers: Annotated[
+        bool, setting("send weights to other nodes; false: only to programs that use this node as a hub")
+    ] = True
+    bind: Annotated[
+        str,
+        setting(
+            "address to listen on",
+            example='"192.168.1.5"',
+            unset="as all ports (`SHOAL_BIND`)",
+            has_variable=False,
+        ),
+    ] = ""
+    max_serving_connections: Annotated[
+        int, Meta(ge=1, le=4096), setting("most connections at once; half of them from one address")
+    ] = 256
+
+
 class InferenceSettings(Section, frozen=True, kw_only=True):
     """What stages may take of this machine."""
 
