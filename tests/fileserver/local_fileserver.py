@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -13,6 +14,8 @@ import uvicorn
 
 from shoal_common.host.rate_limiter import RateLimiter
 from shoal_common.http.bounds import HttpBounds
+from shoal_common.identity.peer_secrets import PeerSecrets
+from shoal_common.identity.peer_tokens import PeerTokens
 from shoal_common.store.store_paths import StorePaths
 from shoal_common.store.verification_stamp import write_stamp
 from shoal_fileserver.service import BOUNDS, server_config
@@ -20,14 +23,21 @@ from shoal_fileserver.service import BOUNDS, server_config
 NODE = "here"
 
 
+OUTSIDE_A_CLUSTER = PeerTokens(NODE, PeerSecrets(None, lambda _: None))
+
+
 @asynccontextmanager
 async def local_fileserver(
-    store: Path, limiter: RateLimiter | None = None, bounds: HttpBounds = BOUNDS
+    store: Path,
+    limiter: RateLimiter | None = None,
+    bounds: HttpBounds = BOUNDS,
+    tokens: PeerTokens = OUTSIDE_A_CLUSTER,
+    tls: ssl.SSLContext | None = None,
 ) -> AsyncIterator[int]:
     """Run a server over a store, and yield its port."""
     listener = socket.create_server(("127.0.0.1", 0))
     threads = ThreadPoolExecutor(8, "send")
-    config = server_config(StorePaths(store), NODE, "", threads, limiter=limiter, bounds=bounds)
+    config = server_config(StorePaths(store), tokens, threads, limiter=limiter, bounds=bounds, tls=tls)
     config.timeout_graceful_shutdown = 1
     server = uvicorn.Server(config)
     running = asyncio.create_task(server._serve(sockets=[listener]))

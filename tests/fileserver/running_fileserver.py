@@ -5,17 +5,21 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import re
+import ssl
 from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import msgspec
 
+from shoal_common.identity.certificates import node_host
+from shoal_common.identity.peer_tokens import PeerTokens
 from shoal_common.store.bitmap import LEAF_BYTES, Bitmap
 from shoal_common.store.relay_bitmap import RelayBitmapFile
 from shoal_common.store.store_paths import StorePaths
 from shoal_common.store.verification_stamp import write_stamp
-from tests.harness.nats import NatsServer
+from tests.harness.identities import Authority
+from tests.harness.nats import NatsServer, joined
 from tests.harness.process import Process, node_environment, started
 
 DEADLINE_S = 45.0
@@ -34,16 +38,12 @@ class Fileserver:
 
     def __init__(self, process: Process, node: str, layout: StorePaths, host: str, port: int) -> None:
         self.process, self.node, self.layout, self.host, self.port = process, node, layout, host, port
+        self.tls: ssl.SSLContext | None = None
+        """To speak TLS with it."""
 
     def add(self, data: bytes) -> str:
         """Put a blob into the store, as storage does."""
-        sha256 = hashlib.sha256(data).hexdigest()
-        path = self.layout.blob(sha256)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-        path.chmod(0o444)
-        write_stamp(sha256, path)
-        return sha256
+        return add_blob(self.layout, data)
 
     def begin(self, blob: str, data: bytes, leaves: Collection[int]) -> RelayBitmapFile:
         """Write these leaves of a partial blob, as the fetcher does. The caller closes the returned file."""
@@ -60,7 +60,10 @@ class Fileserver:
     async def connect(self, limit_bytes: int = 1 << 16) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """Open a connection without sending anything."""
         async with asyncio.timeout(DEADLINE_S):
-            return await asyncio.open_connection(self.host, self.port, limit=limit_bytes)
+            hostname = node_host(self.node) if self.tls else None
+            return await asyncio.open_connection(
+                self.host, self.port, limit=limit_bytes, ssl=self.tls, server_hostname=hostname
+            )
 
     async def raw(self, request: bytes) -> Reply:
         """Send these bytes, and read one response to its end."""
@@ -96,6 +99,17 @@ class Fileserver:
         return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
 
 
+def add_blob(layout: StorePaths, data: bytes) -> str:
+    """Put a blob into a store, as storage does."""
+    sha256 = hashlib.sha256(data).hexdigest()
+    path = layout.blob(sha256)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    path.chmod(0o444)
+    write_stamp(sha256, path)
+    return sha256
+
+
 async def read_reply(reader: asyncio.StreamReader, head_only: bool = False) -> Reply:
     """Read one response: the head, and as many bytes as it says."""
     async with asyncio.timeout(DEADLINE_S):
@@ -106,15 +120,26 @@ async def read_reply(reader: asyncio.StreamReader, head_only: bool = False) -> R
         return Reply(int(status.split()[1]), headers, await reader.readexactly(size))
 
 
+async def admitted(server: NatsServer, authority: Authority, directory: Path, *nodes: str) -> list[PeerTokens]:
+    """Make nodes with homes in this directory members of the cluster, and return the tokens of each."""
+    found = [authority.tokens(authority.node(node, directory / node)) for node in nodes]
+    async with joined(server) as here:
+        await authority.publish(here.buckets)
+    return found
+
+
 @asynccontextmanager
-async def serving(server: NatsServer, directory: Path, name: str, **environ: str) -> AsyncIterator[Fileserver]:
-    """Run a fileserver of a node called `name` while the body runs."""
+async def serving(
+    server: NatsServer, directory: Path, name: str, settings: str = "", **environ: str
+) -> AsyncIterator[Fileserver]:
+    """Run a fileserver of a node called `name`, with these settings in node.toml, while the body runs."""
     home = directory / name
-    home.mkdir(parents=True)
-    (home / "node.toml").write_text(f'id = "{name}"\n')
+    home.mkdir(parents=True, exist_ok=True)
+    (home / "node.toml").write_text(f'id = "{name}"\n{settings}')
     environment = node_environment(home, server.url, **environ)
     async with started("-m", "shoal_fileserver", environment=environment) as process:
         ready = await process.wait_line("msg=ready")
         found = re.search(r"addresses=([0-9.]+):(\d+)", ready)
         assert found is not None, ready
-        yield Fileserver(process, name, StorePaths(home / "store"), found.group(1), int(found.group(2)))
+        # It listens on loopback whatever address it publishes.
+        yield Fileserver(process, name, StorePaths(home / "store"), "127.0.0.1", int(found.group(2)))

@@ -26,8 +26,8 @@ from starlette.types import Receive, Scope, Send
 
 from shoal_common.bus import cluster_clock
 from shoal_common.errors import ShoalError
-from shoal_common.host.credentials import blob_token_allows
 from shoal_common.host.rate_limiter import RateLimiter
+from shoal_common.identity.peer_tokens import PeerTokens
 from shoal_common.logs import StructuredLogger
 from shoal_common.store.bitmap import LEAF_BYTES, leaf_count
 from shoal_common.store.leaf_set import MAX_RANGE_LEAVES, from_bitmap
@@ -53,9 +53,9 @@ class BlobApi:
     """Answers peers from one store."""
 
     def __init__(
-        self, layout: StorePaths, node: str, secret: str, fast_path: FastPath, sent: SendHistory, limiter: RateLimiter
+        self, layout: StorePaths, tokens: PeerTokens, fast_path: FastPath, sent: SendHistory, limiter: RateLimiter
     ) -> None:
-        self._layout, self._node, self._secret = layout, node, secret
+        self._layout, self._tokens = layout, tokens
         self._fast_path, self._sent, self._limiter = fast_path, sent, limiter
         self._opening = ThreadPoolExecutor(_OPENING_THREADS, "open")
 
@@ -71,8 +71,8 @@ class BlobApi:
     async def _answer(self, scope: Scope, receive: Receive) -> Response:
         _, _, kind, blob, *rest = scope["path"].split("/")
         headers, method = Headers(scope=scope), scope["method"]
-        if not blob_token_allows(self._secret, self._node, blob, headers, cluster_clock.now_s()):
-            return error_response(401, "send a token for this blob of this node")
+        if not self._tokens.allows(blob, headers, cluster_clock.now_s()):
+            return denied()
         if kind == "blobs" and rest == ["any"]:
             if method != "POST":
                 return _not_allowed("POST")
@@ -247,6 +247,11 @@ async def _body(receive: Receive) -> bytes:
 
 def _not_allowed(methods: str) -> Response:
     return error_response(405, f"use {methods} here", {"Allow": methods})
+
+
+def denied() -> Response:
+    """Return the response to a request without a valid token, whatever it asks for."""
+    return error_response(401, "send a token for this blob of this node")
 
 
 def error_response(status: int, message: str, headers: Mapping[str, str] | None = None) -> Response:

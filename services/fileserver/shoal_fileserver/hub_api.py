@@ -5,12 +5,13 @@
     GET HEAD  /<org>/<name>/resolve/<revision>/<path>                   a file
 
 A file of another node is answered with a redirect to it. Like the hub's, it carries `X-Linked-Etag` and
-`X-Linked-Size`, so that clients follow without asking again, and a URL that allows reading this one file for a while:
-clients send no credential across hosts.
+`X-Linked-Size`, so that clients follow without asking again, and a URL that allows reading this one file for a while,
+under the secret that the two nodes share: clients send no credential across hosts.
 """
 
 from __future__ import annotations
 
+import hmac
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -21,7 +22,7 @@ from starlette.routing import BaseRoute, Route
 
 from shoal_common.bus import cluster_clock
 from shoal_common.errors import BadName, Denied, NotFound, ShoalError
-from shoal_common.host.credentials import is_authorized, signed_query, signed_query_allows
+from shoal_common.identity.peer_tokens import PeerTokens
 from shoal_common.messages.manifest import Manifest, ManifestFile
 from shoal_common.names import DEFAULT_REVISION, ModelRef
 from shoal_fileserver.model_index import ModelIndex, ModelLocation
@@ -41,8 +42,11 @@ HubHandler = Callable[[Request], Awaitable[Response]]
 class HubApi:
     """Answers like the hub, from what the cluster holds."""
 
-    def __init__(self, secret: str, model_index: ModelIndex, serve_blob: ServeBlob) -> None:
-        self._secret, self._model_index, self._serve_blob = secret, model_index, serve_blob
+    def __init__(
+        self, hub_key: str, loopback_only: bool, tokens: PeerTokens, model_index: ModelIndex, serve_blob: ServeBlob
+    ) -> None:
+        self._hub_key, self._loopback_only, self._tokens = hub_key, loopback_only, tokens
+        self._model_index, self._serve_blob = model_index, serve_blob
 
     @property
     def routes(self) -> list[BaseRoute]:
@@ -74,18 +78,16 @@ class HubApi:
         manifest = location.manifest
         commit = {"X-Repo-Commit": manifest.commit}
         file = next((f for f in manifest.files if f.path == path), None)
-        if "key" in query and not (
-            file and signed_query_allows(self._secret, file.sha256, query, cluster_clock.now_s())
-        ):
+        if "key" in query and not (file and self._tokens.query_allows(file.sha256, query, cluster_clock.now_s())):
             self._require_credential(request)
         if file is None:
             return _refusal(404, "EntryNotFound", f"{manifest.repo} has no file {path[:200]}", commit)
-        if not location.address:
+        if location.link is None:
             return await self._serve_blob(request, file.sha256, commit | {"ETag": f'"{_etag(file)}"'})
-        query_string = urlencode(
-            signed_query(self._secret, file.sha256, int(cluster_clock.now_s()) + REDIRECT_LIFETIME_S)
-        )
-        address = f"http://{location.address}/{manifest.repo}/resolve/{manifest.commit}/{quote(file.path)}"
+        until_s = int(cluster_clock.now_s()) + REDIRECT_LIFETIME_S
+        query_string = urlencode(self._tokens.signed_query(location.node, file.sha256, until_s))
+        origin = f"http{'s' if location.link.tls else ''}://{location.link.address}"
+        address = f"{origin}/{manifest.repo}/resolve/{manifest.commit}/{quote(file.path)}"
         redirect = {
             "Location": f"{address}?{query_string}" if query_string else address,
             "X-Linked-Etag": f'"{_etag(file)}"',
@@ -94,8 +96,8 @@ class HubApi:
         return Response(status_code=302, headers=commit | redirect)
 
     def _require_credential(self, request: Request) -> None:
-        if not is_authorized(self._secret, "hub", request.headers):
-            raise Denied("set HF_TOKEN to the cluster's key for its hub protocol: `shoal hub` prints it")
+        if not is_authorized(self._hub_key, self._loopback_only, request.headers.get("authorization", "")):
+            raise Denied("set HF_TOKEN to this node's key for its hub protocol: `shoal hub` prints it")
 
     async def _find(self, request: Request) -> tuple[ModelLocation, str]:
         """Return the model of `<revision>/<rest>`, and the rest. Raises NotFound, BadName.
@@ -111,6 +113,13 @@ class HubApi:
         code = "RevisionNotFound" if self._model_index.holds(repo) else "RepoNotFound"
         message = f"no live node of this cluster holds {repo} at {parts[0]}: download it with `shoal pull {repo}`"
         raise NotFound(message, hub_code=code)
+
+
+def is_authorized(hub_key: str, loopback_only: bool, authorization: str) -> bool:
+    """Return whether a request may use the hub's protocol. Without a key, whoever reaches loopback may."""
+    if not hub_key:
+        return loopback_only
+    return hmac.compare_digest(authorization.encode(errors="replace"), f"Bearer {hub_key}".encode())
 
 
 def _refusing(answer: HubHandler) -> HubHandler:

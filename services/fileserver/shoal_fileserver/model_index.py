@@ -11,6 +11,7 @@ from shoal_common.bus.kv_mirror import KvMirror
 from shoal_common.errors import NotFound, Unavailable
 from shoal_common.host.addresses import address_for_caller
 from shoal_common.host.interfaces import InterfaceMonitor
+from shoal_common.identity.peer_links import PeerLinks
 from shoal_common.messages.liveness import LivenessRecord, NodeAddress
 from shoal_common.messages.manifest import Manifest
 from shoal_common.messages.storage import GetManifest, ModelState
@@ -23,20 +24,27 @@ _MANIFEST_TIMEOUT_S = 10.0
 
 
 class ModelLocation(msgspec.Struct, frozen=True):
-    """A model, and where its bytes are: "" on this node, else the `host:port` of a node that has all of them."""
+    """A model, and a node that has all of its bytes: `link` is None for this one."""
 
     manifest: Manifest
-    address: str
+    node: str
+    link: NodeAddress | None
 
 
 class ModelIndex:
     """Finds models in what nodes publish."""
 
     def __init__(
-        self, node: str, rpc: RpcClient, models: KvMirror, live: KvMirror, interfaces: InterfaceMonitor
+        self,
+        node: str,
+        rpc: RpcClient,
+        models: KvMirror,
+        live: KvMirror,
+        interfaces: InterfaceMonitor,
+        peer_links: PeerLinks,
     ) -> None:
         self._node, self._rpc, self._models, self._live = node, rpc, models, live
-        self._interfaces = interfaces
+        self._interfaces, self._peer_links = interfaces, peer_links
         self._manifests: OrderedDict[str, Manifest] = OrderedDict()
 
     async def find(self, ref: ModelRef, server_address: str) -> ModelLocation | None:
@@ -51,7 +59,7 @@ class ModelIndex:
             node: address_for_caller(node_links, server_address, interfaces)
             for node, node_links in self._serving.items()
         }
-        serving = {node: link.address for node, link in links.items() if link} | {self._node: ""}
+        serving = {node for node, link in links.items() if link} | {self._node}
         for state in holders(ref, self._local_models, serving, self._node):
             try:
                 manifest = await self._manifest(state)
@@ -60,7 +68,7 @@ class ModelIndex:
             except Unavailable as e:
                 unavailable = e
                 continue
-            return ModelLocation(manifest, serving[state.node])
+            return ModelLocation(manifest, state.node, links[state.node])
         if unavailable:
             raise unavailable
         return None
@@ -75,12 +83,12 @@ class ModelIndex:
 
     @property
     def _serving(self) -> dict[str, list[NodeAddress]]:
-        """Nodes with a live fileserver, this one included, and their links."""
+        """Nodes with a live fileserver that serves others, this one included, and the links that may be used."""
         services = ((key.partition("."), live.facts) for key, live in self._live.items("", LivenessRecord))
         serving = {
-            node: facts.links or [NodeAddress(address=a) for a in facts.addresses]
+            node: self._peer_links.usable(facts.links or [NodeAddress(address=a) for a in facts.addresses])
             for (node, _, service), facts in services
-            if service == "fileserver"
+            if service == "fileserver" and facts.serves_peers
         }
         return {node: links for node, links in serving.items() if links} | {self._node: []}
 

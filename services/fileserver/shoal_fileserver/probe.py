@@ -10,14 +10,13 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator
 
-from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from shoal_common.bus import cluster_clock
-from shoal_common.host.credentials import PROBE_NAME, blob_token_allows
-from shoal_fileserver.blob_api import error_response
+from shoal_common.identity.peer_tokens import PROBE_NAME, PeerTokens
+from shoal_fileserver.blob_api import denied, error_response
 
 PATH = "/v1/probe"
 MAX_PROBE_BYTES = 4 << 20
@@ -28,18 +27,16 @@ _TYPE = "application/octet-stream"
 class ProbeApi:
     """ASGI application for this path."""
 
-    def __init__(self, node: str, secret: str) -> None:
-        self._node, self._secret = node, secret
+    def __init__(self, tokens: PeerTokens) -> None:
+        self._tokens = tokens
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
         await self._answer(Request(scope))(scope, receive, send)
 
     def _answer(self, request: Request) -> Response:
-        if not blob_token_allows(
-            self._secret, self._node, PROBE_NAME, Headers(scope=request.scope), cluster_clock.now_s()
-        ):
-            return error_response(401, "send a token for this blob of this node")
+        if not self._tokens.allows(PROBE_NAME, request.headers, cluster_clock.now_s()):
+            return denied()
         if request.method != "GET":
             return error_response(405, "use GET here", {"Allow": "GET"})
         requested = request.query_params.get("bytes", "0")

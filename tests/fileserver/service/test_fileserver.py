@@ -8,13 +8,11 @@ import hashlib
 import os
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import pytest
 
 from shoal_common.bus.keys import liveness_key
-from shoal_common.host.credentials import bearer, blob_token, derive
 from shoal_common.messages.liveness import LivenessRecord
 from shoal_common.names import model_id
 from tests.fileserver.running_fileserver import read_reply, serving
@@ -233,49 +231,6 @@ async def test_peers_that_disconnect_in_the_middle_leave_nothing_open(
 
         await eventually(all_closed, "the files of broken transfers are closed")
         assert "Traceback" not in server.process.output
-
-
-async def test_I12_with_a_secret_every_refusal_is_the_same(nats: NatsServer, fresh: Fresh, tmp_path: Path) -> None:
-    async with serving(nats, tmp_path, fresh("files"), SHOAL_SECRET="the cluster's") as server:
-        blob = server.add(b"abc")
-        now_s, secret = time.time(), "the cluster's"
-        token = blob_token(secret, server.node, blob, now_s)
-        wrong = [
-            {},
-            bearer("another's", "blobs"),
-            bearer("the cluster's", "api"),
-            {"Authorization": "Bearer the cluster's"},
-            {"Authorization": derive("the cluster's", "blobs")},
-            {"Authorization": "Bearer "},
-            {"Authorization": "Shoal "},
-            {"Authorization": f"Shoal {int(now_s)}."},
-            bearer(secret, "hub"),
-            blob_token("another's", server.node, blob, now_s),
-            blob_token(secret, "another", blob, now_s),
-            blob_token(secret, server.node, "cd" * 32, now_s),
-            blob_token(secret, server.node, blob, now_s - 3600),
-            blob_token(secret, server.node, blob, now_s + 3600),
-            {"Authorization": "Bearer \xff\xfe"},
-        ]
-        others = ("/v1/blobs/" + "ef" * 32, "/v1/blobs/..", "/v1/leaves/x", "/health", "/nothing")
-        refusals = set()
-        for headers in wrong:
-            for path in (f"/v1/blobs/{blob}", f"/v1/blobs/{blob}/any", f"/v1/leaves/{blob}", *others):
-                reply = await server.ask(path, headers)
-                refusals.add((reply.status, reply.body))
-        assert len(refusals) == 1 and refusals.pop()[0] == 401
-        assert (await server.ask(f"/v1/blobs/{blob}", token)).body == b"abc"
-        assert (await server.ask("/health", bearer("the cluster's", "blobs"))).status == 200
-        assert "the cluster's" not in server.process.output
-
-
-async def test_without_a_secret_it_does_not_start_beyond_loopback(
-    nats: NatsServer, fresh: Fresh, tmp_path: Path
-) -> None:
-    environment = node_environment(tmp_path, nats.url, SHOAL_BIND="0.0.0.0")
-    async with started("-m", "shoal_fileserver", environment=environment) as process:
-        assert await process.wait_exit() == 2
-        assert "will not listen on 0.0.0.0 without a credential" in process.output
 
 
 async def test_hundreds_of_idle_connections_do_not_keep_a_peer_out(

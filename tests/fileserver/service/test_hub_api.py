@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from urllib.parse import urlencode
 
 import httpx2
 import pytest
@@ -16,14 +17,14 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundEr
 from msgspec import structs
 
 from shoal_common.bus.keys import model_key
-from shoal_common.host.credentials import derive, signed_query
 from shoal_common.messages.manifest import Manifest, ManifestFile
 from shoal_common.messages.storage import GetManifest, ModelState
 from shoal_common.names import ModelRef
 from shoal_common.rpc.request_reply import RpcEndpoint, serve
 from shoal_fileserver.model_index import holders
-from tests.fileserver.running_fileserver import Fileserver, serving
+from tests.fileserver.running_fileserver import Fileserver, admitted, serving
 from tests.harness.fresh import Fresh
+from tests.harness.identities import Authority
 from tests.harness.nats import Joined, NatsServer, joined
 from tests.harness.waiting import eventually
 
@@ -34,7 +35,7 @@ FILES = {
     "onnx/empty.txt": b"",
 }
 SMALL = ("config.json", "onnx/empty.txt")
-SECRET = "s3cret-of-the-cluster"
+KEY = f"shoal-{'k' * 43}"
 
 
 def git_sha1(data: bytes) -> str:
@@ -142,57 +143,60 @@ async def test_an_unmodified_client_downloads_a_model_of_this_node(
 
 
 async def test_another_nodes_model_is_redirected_to_by_a_signed_url(
-    nats: NatsServer, fresh: Fresh, tmp_path: Path, client: Callable[..., Path]
+    members_nats: NatsServer, authority: Authority, fresh: Fresh, tmp_path: Path, client: Callable[..., Path]
 ) -> None:
     near, far, manifest = fresh("near"), fresh("far"), manifest_of(f"org/{fresh('model')}")
-    key = derive(SECRET, "hub")
+    await admitted(members_nats, authority, tmp_path, near, far)
+    for node in (near, far):
+        (tmp_path / node / "api.key").write_text(f"{KEY}\n")
     async with AsyncExitStack() as stack:
-        here = await stack.enter_async_context(joined(nats))
-        server = await stack.enter_async_context(serving(nats, tmp_path, near, SHOAL_SECRET=SECRET))
-        holder = await stack.enter_async_context(serving(nats, tmp_path, far, SHOAL_SECRET=SECRET))
+        here = await stack.enter_async_context(joined(members_nats))
+        server = await stack.enter_async_context(serving(members_nats, tmp_path, near))
+        holder = await stack.enter_async_context(serving(members_nats, tmp_path, far))
         await stack.enter_async_context(holding(here, far, manifest))
         for data in FILES.values():
             holder.add(data)
-        await wait_listed(server, manifest.repo, Authorization=f"Bearer {key}")
-        await wait_listed(holder, manifest.repo, Authorization=f"Bearer {key}")
-        check_files(await asyncio.to_thread(client, server, manifest.repo, token=key))
+        await wait_listed(server, manifest.repo, Authorization=f"Bearer {KEY}")
+        await wait_listed(holder, manifest.repo, Authorization=f"Bearer {KEY}")
+        check_files(await asyncio.to_thread(client, server, manifest.repo, token=KEY))
         path = f"/{manifest.repo}/resolve/main/config.json"
-        sent = await server.ask(path, {"Authorization": f"Bearer {key}"})
+        sent = await server.ask(path, {"Authorization": f"Bearer {KEY}"})
         assert sent.status == 302 and sent.headers["x-linked-size"] == str(len(FILES["config.json"]))
         address = httpx2.URL(sent.headers["location"])
-        assert (address.host, address.port) == (holder.host, holder.port)
+        assert (address.scheme, address.host, address.port) == ("http", holder.host, holder.port)
         # The URL alone allows reading this file, and no other.
         target = address.raw_path.decode()
         assert (await holder.ask(target)).body == FILES["config.json"]
         assert (await holder.ask(target.replace("config.json", "model.safetensors"))).status == 401
         assert (await holder.ask(target.replace("config.json", "nothing.json"))).status == 401
         assert (await holder.ask(target.partition("?")[0])).status == 401
+        assert (await server.ask(target)).status == 401
 
 
-async def test_I12_without_the_clusters_key_the_hub_protocol_is_closed(
-    nats: NatsServer, fresh: Fresh, tmp_path: Path
+async def test_I12_without_the_nodes_key_the_hub_protocol_is_closed(
+    members_nats: NatsServer, authority: Authority, fresh: Fresh, tmp_path: Path
 ) -> None:
     node, manifest = fresh("files"), manifest_of(f"org/{fresh('model')}")
+    peer, _ = await admitted(members_nats, authority, tmp_path, fresh("peer"), node)
+    (tmp_path / node / "api.key").write_text(KEY)
     async with AsyncExitStack() as stack:
-        here = await stack.enter_async_context(joined(nats))
-        server = await stack.enter_async_context(serving(nats, tmp_path, node, SHOAL_SECRET=SECRET))
+        here = await stack.enter_async_context(joined(members_nats))
+        server = await stack.enter_async_context(serving(members_nats, tmp_path, node))
         await stack.enter_async_context(holding(here, node, manifest))
         blob = server.add(FILES["config.json"])
-        await wait_listed(server, manifest.repo, Authorization=f"Bearer {derive(SECRET, 'hub')}")
+        await wait_listed(server, manifest.repo, Authorization=f"Bearer {KEY}")
         file = f"/{manifest.repo}/resolve/main/config.json"
+        now = int(time.time())
         paths = (f"/api/models/{manifest.repo}", f"/api/models/{manifest.repo}/tree/main", file, "/api/models/a/b")
         for path in paths:
-            for credential in ({}, {"Authorization": "Bearer hf_x"}, {"Authorization": f"Bearer {SECRET}"}):
+            for credential in ({}, {"Authorization": "Bearer hf_x"}, peer.token(node, blob, now)):
                 assert (await server.ask(path, credential)).status == 401, (path, credential)
-        now = int(time.time())
         for until, shown in ((now + 60, 200), (now - 60, 401)):
-            query = "&".join(f"{k}={v}" for k, v in signed_query(SECRET, blob, until).items())
-            assert (await server.ask(f"{file}?{query}")).status == shown
-        forged = signed_query("another secret", blob, now + 60)
-        assert (await server.ask(f"{file}?until={forged['until']}&key={forged['key']}")).status == 401
-        # Nor does the hub's key allow what peers request.
-        hub = {"Authorization": f"Bearer {derive(SECRET, 'hub')}"}
-        assert (await server.ask(f"/v1/blobs/{blob}", hub)).status == 401
+            query = peer.signed_query(node, blob, until)
+            assert (await server.ask(f"{file}?{urlencode(query)}")).status == shown
+            assert (await server.ask(f"{file}?{urlencode({**query, 'node': node})}")).status == 401
+        # Nor does that key allow what peers request.
+        assert (await server.ask(f"/v1/blobs/{blob}", {"Authorization": f"Bearer {KEY}"})).status == 401
 
 
 async def test_what_is_not_there_is_named_as_the_client_understands_it(

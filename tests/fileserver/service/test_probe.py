@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from shoal_common.bus import cluster_clock
-from shoal_common.host.credentials import PROBE_NAME, bearer, blob_token
+from shoal_common.identity.peer_tokens import HEALTH_NAME, PROBE_NAME
 from shoal_fileserver.probe import MAX_PROBE_BYTES
-from tests.fileserver.running_fileserver import read_reply, serving
+from tests.fileserver.running_fileserver import admitted, read_reply, serving
 from tests.harness.fresh import Fresh
+from tests.harness.identities import Authority
 from tests.harness.nats import NatsServer
-
-SECRET = "a secret for tests only"
 
 
 async def test_a_probe_returns_the_bytes_it_asked_for_up_to_a_limit(
@@ -37,17 +36,19 @@ async def test_a_probe_returns_the_bytes_it_asked_for_up_to_a_limit(
         writer.close()
 
 
-async def test_I12_a_probe_wants_a_token_of_its_own(nats: NatsServer, fresh: Fresh, tmp_path: Path) -> None:
+async def test_I12_a_probe_wants_a_token_of_its_own(
+    members_nats: NatsServer, authority: Authority, fresh: Fresh, tmp_path: Path
+) -> None:
     node = fresh("files")
-    async with serving(nats, tmp_path, node, SHOAL_SECRET=SECRET) as server:
+    peer, _ = await admitted(members_nats, authority, tmp_path, fresh("peer"), node)
+    async with serving(members_nats, tmp_path, node) as server:
         now_s = cluster_clock.now_s()
         for headers in (
             {},
-            bearer(SECRET, "blobs"),
-            blob_token(SECRET, node, "a" * 64, now_s),
-            blob_token(SECRET, "another", PROBE_NAME, now_s),
-            blob_token(SECRET, node, PROBE_NAME, now_s - 3600),
+            peer.token(node, "a" * 64, now_s),
+            peer.token(node, HEALTH_NAME, now_s),
+            peer.token(node, PROBE_NAME, now_s - 3600),
         ):
             refused = await server.ask("/v1/probe?bytes=9", headers)
             assert refused.status == 401 and refused.body == (await server.ask("/v1/blobs/none")).body
-        assert len((await server.ask("/v1/probe?bytes=9", blob_token(SECRET, node, PROBE_NAME, now_s))).body) == 9
+        assert len((await server.ask("/v1/probe?bytes=9", peer.token(node, PROBE_NAME, now_s))).body) == 9

@@ -27,7 +27,7 @@ async def test_blobs_that_hang_leave_the_shared_threads_free(monkeypatch: pytest
     monkeypatch.setattr(blob_api, "open_content", hang)
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
     unused: Any = None
-    api = BlobApi(unused, "a", "secret", unused, unused, unused)
+    api = BlobApi(unused, unused, unused, unused, unused)
     reads = [asyncio.create_task(api.blob("GET", Headers(), "0" * 64, {})) for _ in range(REQUESTS)]
     try:
         await asyncio.sleep(0)  # each has been begun

@@ -1,7 +1,7 @@
 """An HTTP connection that sends files: the head is the common protocol's, then sending takes the socket over.
 
 A leaf in the page cache is answered from the head alone (`fast_path.py`); everything else by `sendfile.py`. Readers
-have a minimum rate while the server waits for them.
+have a minimum rate while the server waits for them. Inside TLS the bytes go through the transport.
 """
 
 from __future__ import annotations
@@ -52,6 +52,11 @@ class BulkHttpProtocol(BoundedHttpProtocol):
         super().connection_made(transport)
         transport.set_write_buffer_limits(0)
 
+    def use_transport(self, transport: asyncio.Transport) -> None:
+        """Pause writing as soon as encrypted bytes wait for the socket: at most two pieces of a file do."""
+        super().use_transport(transport)
+        transport.set_write_buffer_limits(1, 0)
+
     def answer_now(self) -> bool:
         """Send a leaf on the fast path; a task sends what the socket does not take."""
         if self.parser.get_method() != b"GET" or not self._idle or not self.parser.should_keep_alive():
@@ -60,7 +65,7 @@ class BulkHttpProtocol(BoundedHttpProtocol):
         if leaf is None or self.flow.write_paused or self.transport.is_closing():
             return False
         head = _PARTIAL + b"".join(b"%b: %b\r\n" % each for each in self.server_state.default_headers) + leaf.head
-        rest = send_now(self.transport, leaf, head + b"\r\n")
+        rest = send_now(self, leaf, head + b"\r\n")
         self.sent_bytes += rest - leaf.start
         if rest < leaf.end:
             self._unsent = FileIO(os.dup(leaf.fd)), rest, leaf.end
@@ -72,7 +77,7 @@ class BulkHttpProtocol(BoundedHttpProtocol):
 
     def eof_received(self) -> bool | None:  # type: ignore[override]  # as asyncio has it; uvicorn says None
         """Keep the connection until the response is sent: the peer only closed its sending side."""
-        if self._idle:
+        if self._idle or self.is_secured:  # TLS has no half-closed connections
             return None
         self.cycle.keep_alive = False
         return True
@@ -121,8 +126,8 @@ class BulkHttpProtocol(BoundedHttpProtocol):
     @property
     def _read_bytes(self) -> int:
         """Bytes that the peer has read, up to a constant: only differences are meaningful."""
-        unread = self.transport.get_write_buffer_size() + _queued_bytes(self.transport.get_extra_info("socket"))
-        return self.sent_bytes - unread
+        queued_bytes = _queued_bytes(self.socket_transport.get_extra_info("socket"))
+        return self.sent_bytes - self.unsent_bytes - queued_bytes
 
     def _end_wait(self) -> None:
         if self._drain_timer is not None:

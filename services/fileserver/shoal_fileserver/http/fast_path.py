@@ -16,8 +16,8 @@ from pathlib import Path
 import msgspec
 
 from shoal_common.bus import cluster_clock
-from shoal_common.host.credentials import blob_token_allows
 from shoal_common.host.rate_limiter import RateLimiter
+from shoal_common.identity.peer_tokens import PeerTokens
 from shoal_common.store.bitmap import LEAF_BYTES
 from shoal_common.store.store_paths import StorePaths
 from shoal_fileserver.blob_content import BlobContent
@@ -29,7 +29,7 @@ MAX_FILES = 32
 SWEEP_INTERVAL_S = 1.0
 IDLE_CLOSE_S = 5.0
 _PROBE_BYTES = 256 << 10
-_NOWAIT = getattr(os, "RWF_NOWAIT", None)
+NOWAIT: int = getattr(os, "RWF_NOWAIT", 0)
 """Only Linux says whether a read would wait for the disk: elsewhere there is no fast path."""
 _TYPE = b"content-type: application/octet-stream\r\n"
 
@@ -64,15 +64,15 @@ class _OpenBlob(msgspec.Struct):
 class FastPath:
     """Open files of recently requested blobs."""
 
-    def __init__(self, layout: StorePaths, node: str, secret: str, sent: SendHistory, limiter: RateLimiter) -> None:
-        self._layout, self._node, self._secret, self._sent, self._limiter = layout, node, secret, sent, limiter
+    def __init__(self, layout: StorePaths, tokens: PeerTokens, sent: SendHistory, limiter: RateLimiter) -> None:
+        self._layout, self._tokens, self._sent, self._limiter = layout, tokens, sent, limiter
         self._open: dict[bytes, _OpenBlob] = {}
         self._sweeping: asyncio.TimerHandle | None = None
 
     def keep_open(self, content: BlobContent) -> None:
         """Keep a requested blob of the store open: more requests for it will follow."""
         name, path = content.blob.encode(), self._layout.blob(content.blob)
-        if _NOWAIT is None or content.relayable is not None or name in self._open or len(self._open) >= MAX_FILES:
+        if not NOWAIT or content.relayable is not None or name in self._open or len(self._open) >= MAX_FILES:
             return
         header_lines = "".join(f"{k.lower()}: {v}\r\n" for k, v in content.headers.items()).encode() + _TYPE
         file = FileIO(os.dup(content.file.fileno()))
@@ -113,7 +113,7 @@ class FastPath:
         if not isinstance(part, ByteRange) or part.end - part.start > LEAF_BYTES:
             return None
         blob = url[len(PREFIX) :].decode()
-        if not blob_token_allows(self._secret, self._node, blob, credentials, cluster_clock.now_s()):
+        if not self._tokens.allows(blob, credentials, cluster_clock.now_s()):
             return None
         if not entry.is_unchanged():
             self._close(url[len(PREFIX) :])
@@ -138,8 +138,6 @@ def _in_page_cache(fd: int, start: int, end: int) -> bool:
     """Return whether bytes [start, end) are in the page cache, judging by samples."""
     buffer = [bytearray(1)]
     try:
-        return all(
-            os.preadv(fd, buffer, offset, _NOWAIT or 0) for offset in (*range(start, end, _PROBE_BYTES), end - 1)
-        )
+        return all(os.preadv(fd, buffer, offset, NOWAIT) for offset in (*range(start, end, _PROBE_BYTES), end - 1))
     except OSError:  # it would wait, or this file system cannot say
         return False

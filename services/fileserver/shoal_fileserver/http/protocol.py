@@ -18,3 +18,7 @@ class FileConnection(Protocol):
     """Send files: a disk may be slow."""
     sent_bytes: int
     """Bytes of files given to the socket or the transport."""
+
+    @property
+    def is_secured(self) -> bool:
+        """Whether what is sent must be encrypted, and so goes through the transport."""

@@ -1,7 +1,8 @@
 """Sends bytes of a file over a connection without copying them: sendfile, in threads, because a disk may be slow.
 
 uvicorn has no sendfile: its request cycle is told afterwards how much of the body was sent. What the socket does not
-take is buffered in its transport, one chunk at a time, whose flow control says when to continue.
+take is buffered in its transport, one chunk at a time, whose flow control says when to continue. Inside TLS threads
+read pieces, and the transport encrypts them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from shoal_common.concurrency.cancellation import run_to_completion
 from shoal_common.host.rate_limiter import RateLimiter
 from shoal_common.store.bitmap import LEAF_BYTES
+from shoal_fileserver.http.fast_path import NOWAIT
 
 if TYPE_CHECKING:
     from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
@@ -29,6 +31,8 @@ FILE_SENDER_KEY = "shoal.sending"
 _PUSH_BYTES = 8 * LEAF_BYTES
 """Maximum to send before anything else is checked."""
 _CHUNK_BYTES = 64 << 10
+_TLS_PIECE_BYTES = 256 << 10
+"""What is read before it is encrypted: encrypting it holds up the event loop for some 0.1 ms."""
 _LIMITED_SHARE_S = 0.1
 _MIN_SHARE_BYTES = 16 << 10
 _TCP_CORK = 3
@@ -59,6 +63,7 @@ class FileSender:
         Fewer if the peer disconnects, the file has become shorter, or `is_gone` (called in a thread) returns true.
         """
         loop, position, allowed = asyncio.get_running_loop(), start, start
+        push = _read_piece if self._connection.is_secured else _push
         # A duplicate: the transport may close its descriptor at any moment, and another connection reuse the number.
         socket = os.dup(self._transport.get_extra_info("socket").fileno())
         try:
@@ -74,7 +79,7 @@ class FileSender:
                     continue  # the peer may have disconnected meanwhile
                 # To its end, even if cancelled: the socket and the file are closed afterwards.
                 sent, rest = await run_to_completion(
-                    loop.run_in_executor(self._connection.threads, _push, socket, file, position, allowed, is_gone)
+                    loop.run_in_executor(self._connection.threads, push, socket, file, position, allowed, is_gone)
                 )
                 position += sent
                 self._connection.sent_bytes += sent
@@ -101,8 +106,11 @@ class FileSender:
                 await send({"type": "http.response.body"})
 
 
-def send_now(transport: asyncio.Transport, leaf: LeafResponse, head: bytes) -> int:
+def send_now(connection: FileConnection, leaf: LeafResponse, head: bytes) -> int:
     """Send a head and its leaf as far as the socket takes them now. Returns the offset of the rest."""
+    if connection.is_secured:
+        return _encrypt_now(connection, leaf, head)
+    transport = connection.transport
     socket = transport.get_extra_info("socket")
     descriptor, position = socket.fileno(), leaf.start
     try:
@@ -121,6 +129,21 @@ def send_now(transport: asyncio.Transport, leaf: LeafResponse, head: bytes) -> i
             transport.write(head[written:])
     except OSError:
         transport.abort()
+    return position
+
+
+def _encrypt_now(connection: FileConnection, leaf: LeafResponse, head: bytes) -> int:
+    position = leaf.start
+    with suppress(OSError):  # no longer in the page cache: a thread reads the rest
+        while position < leaf.end and not connection.flow.write_paused:
+            buffer = bytearray(min(_TLS_PIECE_BYTES, leaf.end - position))
+            count = os.preadv(leaf.fd, [buffer], position, NOWAIT)
+            if not count:
+                break
+            connection.transport.writelines([head, memoryview(buffer)[:count]])
+            head, position = b"", position + count
+    if head:
+        connection.transport.write(head)
     return position
 
 
@@ -146,3 +169,11 @@ def _push(socket: int, file: FileIO, start: int, end: int, is_gone: Callable[[],
                 break
             position += sent
     return position - start, b""
+
+
+def _read_piece(_: int, file: FileIO, start: int, end: int, is_gone: Callable[[], bool]) -> tuple[int, bytes]:
+    """Read the next piece of bytes [start, end) for a transport that encrypts it; nothing if the disk cannot."""
+    with suppress(OSError):
+        if not is_gone():
+            return 0, os.pread(file.fileno(), min(_TLS_PIECE_BYTES, end - start), start)
+    return 0, b""
