@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from typing import NamedTuple
+
+from shoal_common.messages.liveness import NodeAddress
 
 
 class Asked(NamedTuple):
@@ -20,9 +23,10 @@ class Asked(NamedTuple):
 class Server:
     """A listening server; `asked` has every request so far."""
 
-    def __init__(self, port: int, asked: list[Asked]) -> None:
+    def __init__(self, port: int, asked: list[Asked], tls: bool) -> None:
         self.port, self.asked = port, asked
         self.address, self.url = f"127.0.0.1:{port}", f"http://127.0.0.1:{port}"
+        self.link = NodeAddress(address=self.address, tls=tls)
 
 
 Answer = Callable[[Asked, asyncio.StreamWriter], Awaitable[None]]
@@ -36,8 +40,10 @@ def reply(status: int, body: bytes = b"", **headers: str) -> bytes:
 
 
 @asynccontextmanager
-async def serving(answer: Answer | bytes | Mapping[str, object]) -> AsyncIterator[Server]:
-    """Serve the same bytes to all, JSON by path (404 for others), or what `answer` writes."""
+async def serving(
+    answer: Answer | bytes | Mapping[str, object], tls: ssl.SSLContext | None = None
+) -> AsyncIterator[Server]:
+    """Serve the same bytes to all, JSON by path (404 for others), or what `answer` writes; inside TLS, if given."""
     asked: list[Asked] = []
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -59,8 +65,8 @@ async def serving(answer: Answer | bytes | Mapping[str, object]) -> AsyncIterato
                 await writer.drain()
         writer.close()
 
-    server = await asyncio.start_server(connected, "127.0.0.1", 0)
+    server = await asyncio.start_server(connected, "127.0.0.1", 0, ssl=tls)
     try:
-        yield Server(server.sockets[0].getsockname()[1], asked)
+        yield Server(server.sockets[0].getsockname()[1], asked, tls is not None)
     finally:
         server.close()

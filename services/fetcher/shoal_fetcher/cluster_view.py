@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 
 from shoal_common.bus.cluster_lease import LeaseValue
@@ -14,13 +14,17 @@ from shoal_common.bus.kv_mirror import KvMirror, any_changed, wait_caught_up
 from shoal_common.host.addresses import reachable_addresses
 from shoal_common.host.interfaces import Interface, InterfaceMonitor
 from shoal_common.host.process_identity import network_id
+from shoal_common.identity.peer_links import PeerLinks
+from shoal_common.logs import StructuredLogger
 from shoal_common.messages.downloads import DownloadRequest, DownloadState
-from shoal_common.messages.liveness import LivenessRecord
+from shoal_common.messages.liveness import LivenessRecord, NodeAddress
 from shoal_common.messages.manifest import Manifest
 from shoal_common.messages.storage import ModelState, StorageState
 from shoal_common.names import ModelId, ModelRef
 from shoal_fetcher.sources.failure_policy import BlobHolder
 from shoal_fetcher.sources.source_selection import allowed_by_hub, holders
+
+log = StructuredLogger("cluster_view")
 
 _CATCH_UP_S = 5.0
 _MAX_CACHED_HOLDERS = 1024
@@ -40,19 +44,21 @@ class ClusterView:
         lease: KvMirror,
         spec: KvMirror,
         interfaces: InterfaceMonitor,
+        peer_links: PeerLinks,
     ) -> None:
-        self._nats, self._own_node, self._interfaces = nats, own_node, interfaces
+        self._nats, self._own_node, self._interfaces, self._peer_links = nats, own_node, interfaces, peer_links
         self._live, self._state, self._lease, self._spec = live, state, lease, spec
         self._network = network_id()
-        self._addresses: dict[str, list[str]] = {}
+        self._addresses: dict[str, list[NodeAddress]] = {}
         self._addresses_as_of: tuple[int, tuple[Interface, ...]] = (-1, ())
+        self._plain_only: set[str] = set()
         self._starting: dict[str, float] = {}
         self._starting_as_of = -1
         self._cached_holders: dict[tuple[str, str], list[BlobHolder]] = {}
         self._holders_as_of: tuple[object, ...] = ()
 
-    def addresses(self) -> dict[str, list[str]]:
-        """Return the addresses of reachable fileservers of other nodes, in the order to try.
+    def addresses(self) -> dict[str, list[NodeAddress]]:
+        """Return the addresses of fileservers of other nodes that may be used, in the order to try.
 
         Recomputed only after a node has published or an interface has changed: it is called often.
         """
@@ -61,25 +67,32 @@ class ClusterView:
             self._addresses, self._addresses_as_of = self._compute_addresses(own), as_of
         return self._addresses
 
-    def _compute_addresses(self, own: tuple[Interface, ...]) -> dict[str, list[str]]:
-        addresses: dict[str, list[str]] = {}
+    def _compute_addresses(self, own: tuple[Interface, ...]) -> dict[str, list[NodeAddress]]:
+        addresses: dict[str, list[NodeAddress]] = {}
+        plain_only: set[str] = set()
+        for node, live in self._fileservers():
+            reachable = reachable_addresses(live, self._network, own)
+            if usable := self._peer_links.usable(reachable):
+                addresses[node] = usable
+            elif reachable:
+                plain_only.add(node)
+        for node in sorted(plain_only - self._plain_only):
+            log.warning("node sends weights unencrypted: not a source, unless encrypt_weights is false", name=node)
+        self._plain_only = plain_only
+        return addresses
+
+    def _fileservers(self) -> Iterator[tuple[str, LivenessRecord]]:
+        """Yield the live fileservers of other nodes that serve them."""
         for key, live in self._live.items("", LivenessRecord):
             node, _, service = key.partition(".")
-            if service == "fileserver" and node != self._own_node:
-                addresses[node] = [link.address for link in reachable_addresses(live, self._network, own)]
-        return {node: of_node for node, of_node in addresses.items() if of_node}
+            if service == "fileserver" and node != self._own_node and live.facts.serves_peers:
+                yield node, live
 
     def nodes_starting(self) -> set[str]:
         """Return nodes whose fileserver is live but has no address yet; for at most STARTING_TIMEOUT_S."""
         now_s = time.monotonic()
         if self._live.changes != self._starting_as_of:
-            starting = {
-                node
-                for (node, _, service), live in (
-                    (k.partition("."), v) for k, v in self._live.items("", LivenessRecord)
-                )
-                if service == "fileserver" and node != self._own_node and not live.facts.addresses
-            }
+            starting = {node for node, live in self._fileservers() if not live.facts.addresses}
             self._starting = {node: self._starting.get(node, now_s) for node in starting}
             self._starting_as_of = self._live.changes
         return {node for node, since_s in self._starting.items() if now_s - since_s < STARTING_TIMEOUT_S}

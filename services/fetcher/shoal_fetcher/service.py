@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 
 from shoal_common.bus.reconcile import republish_after_wipes
+from shoal_common.identity.peer_links import PeerLinks
+from shoal_common.identity.peer_tokens import PeerTokens
 from shoal_common.liveness.peer_failure import PeerFailureReporter
 from shoal_common.messages import downloads
 from shoal_common.messages.downloads import DownloadRequest, StopDownloads
@@ -12,6 +14,8 @@ from shoal_common.messages.model_shape import GetModelShape
 from shoal_common.rpc.command_worker import CommandHandler
 from shoal_common.rpc.request_reply import RpcEndpoint
 from shoal_common.service import ServiceContext
+from shoal_common.settings.node import FileserverSettings
+from shoal_common.settings.values import read_settings
 from shoal_common.store.store_paths import StorePaths
 from shoal_fetcher.cluster_view import ClusterView
 from shoal_fetcher.downloads.blob_fetcher import BlobFetcher
@@ -35,10 +39,13 @@ _CONTROL_DEADLINE_S = 60.0
 
 async def run(context: ServiceContext) -> None:
     """Run the fetcher service."""
+    config = context.config
+    settings = read_settings(FileserverSettings, config.settings, context.environ)
+    peer_links = await asyncio.to_thread(PeerLinks, config.identity, not settings.encrypt_weights)
     async with (
         LeafWorkers() as workers,
         make_hub_client() as from_hub,
-        PeerHttpClient() as from_peers,
+        PeerHttpClient(peer_links) as from_peers,
         asyncio.TaskGroup() as tasks,
     ):
         live = await context.mirror(tasks, "live", "*.fileserver", "*.storage")
@@ -46,7 +53,10 @@ async def run(context: ServiceContext) -> None:
         lease = await context.mirror(tasks, "lease")
         spec = await context.mirror(tasks, "spec", f"download.{context.node}.>")
         await context.follow_interfaces()
-        cluster_view = ClusterView(context.nats, context.node, live, state, lease, spec, context.interfaces)
+        cluster_view = ClusterView(
+            context.nats, context.node, live, state, lease, spec, context.interfaces, peer_links
+        )
+        secrets = await context.peer_secrets(tasks)
         rate_limits = RateLimits()
         context.run_in_background(tasks, rate_limits.follow_settings(state, context.node))
         hub = HubClient(HubSettings.read(context.environ), from_hub)
@@ -61,12 +71,13 @@ async def run(context: ServiceContext) -> None:
             rate_limits=rate_limits,
             peers=FileserverClient(
                 from_peers,
-                context.config.secret,
+                PeerTokens(context.node, secrets),
                 cluster_view.addresses,
                 PeerFailureReporter(context.nats, context.node).report,
             ),
-            layout=StorePaths(context.config.store),
+            layout=StorePaths(config.store),
             workers=workers,
+            serves_peers=settings.serve_peers,
         )
         stored = [request for _, request in spec.items("", DownloadRequest)]
         fetcher = DownloadManager(download_context(context, node_context, stored), tasks)

@@ -131,7 +131,7 @@ async def test_a_claim_that_nobody_can_be_asked_about_is_no_source(site: Site) -
     """An invalid address, and an invalid blob name (I10)."""
     size = site.make(files := {"model.safetensors": noise(LEAF_BYTES, site.repo), "c.json": site.repo.encode()})
     async with site.join() as here, serving(b"") as server:
-        bad = Server(0, [])
+        bad = Server(0, [], tls=False)
         bad.address = "nowhere:99999/../x"
         await here.pull_ok("a")
         manifest = await here.manifest("a")

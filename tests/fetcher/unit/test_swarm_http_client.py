@@ -5,21 +5,30 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+from shoal_common.bus import cluster_clock
 from shoal_common.errors import BadName, Corrupt, Denied, InternalError, NotFound, ShoalError, Unavailable
+from shoal_common.identity.peer_links import PeerLinks
+from shoal_common.identity.peer_secrets import PeerSecrets
+from shoal_common.identity.peer_tokens import PeerTokens
+from shoal_common.messages.liveness import NodeAddress
 from shoal_common.store.bitmap import LEAF_BYTES, leaf_count
 from shoal_common.store.leaf_set import leaf_range
 from shoal_fetcher.swarm.http_client import MAX_HEAD_BYTES, PeerBusy, PeerHttpClient, parse_address
 from shoal_fetcher.swarm.peer_client import FileserverClient
 from shoal_fetcher.swarm.sinks import BUFFERS_AHEAD, BytesSink, LeafSink
 from tests.fetcher.fault_servers import Answer, Asked, Server, reply, serving
+from tests.harness.identities import Authority
 from tests.harness.waiting import eventually
 
 BLOB = "a" * 64
 DATA = random.Random(1).randbytes(5 * LEAF_BYTES + 123)
 SIZE = len(DATA)
+PLAINLY = PeerLinks(None)
+OUTSIDE = PeerTokens("a", PeerSecrets(None, lambda _: None))
 
 
 def range_reply(first: int, end: int, data: bytes = DATA) -> bytes:
@@ -56,13 +65,13 @@ class Caught:
 
 
 def peers_of(client: PeerHttpClient, *servers: Server) -> FileserverClient:
-    return FileserverClient(client, "", lambda: {"b": [s.address for s in servers]})
+    return FileserverClient(client, OUTSIDE, lambda: {"b": [s.link for s in servers]})
 
 
 @pytest.mark.parametrize(("first", "end"), [(0, 1), (0, 6), (2, 4), (5, 6)])
 async def test_a_range_arrives_leaf_by_leaf(first: int, end: int) -> None:
     caught = Caught()
-    async with serving(range_reply(first, end)) as server, PeerHttpClient() as client:
+    async with serving(range_reply(first, end)) as server, PeerHttpClient(PLAINLY) as client:
         await peers_of(client, server).leaves("b", BLOB, SIZE, first, end, caught.took)
         assert caught.is_right(first, end) and client.buffers.out_count == 0
     assert server.asked[0].path == f"/v1/blobs/{BLOB}"
@@ -79,7 +88,7 @@ async def test_any_reports_the_chosen_range_before_its_bytes_arrive() -> None:
         await gate.wait()
         writer.write(whole[head + 10 :])
 
-    async with serving(slowly) as server, PeerHttpClient() as client:
+    async with serving(slowly) as server, PeerHttpClient(PLAINLY) as client:
         asking = asyncio.create_task(
             peers_of(client, server).any_leaves("b", BLOB, SIZE, 0b111110, 2, caught.took, caught.chose)
         )
@@ -99,10 +108,10 @@ async def test_a_source_without_wanted_leaves_keeps_the_connection() -> None:
         writer.write(next(answers))
 
     connected: list[int] = []
-    async with serving(_counting(both, connected)) as server, PeerHttpClient() as client:
+    async with serving(_counting(both, connected)) as server, PeerHttpClient(PLAINLY) as client:
         peers = peers_of(client, server)
         # The test's server reads heads only: a body of one byte would be the first of the next head.
-        reply_ = await client.request("b", server.address, "GET", "/x", {}, BytesSink(0, 1))
+        reply_ = await client.request("b", server.link, "GET", "/x", {}, BytesSink(0, 1))
         assert reply_.status == 204
         await peers.leaves("b", BLOB, SIZE, 0, 1, caught.took)
     assert caught.is_right(0, 1) and len(set(connected)) == 1
@@ -125,10 +134,14 @@ async def test_a_reply_is_not_disturbed_by_another_nodes_connection() -> None:
             await go.wait()
         writer.write(range_reply(0, 1))
 
-    async with serving(second_immediately) as one, serving(range_reply(0, 1)) as two, PeerHttpClient() as client:
+    async with (
+        serving(second_immediately) as one,
+        serving(range_reply(0, 1)) as two,
+        PeerHttpClient(PLAINLY) as client,
+    ):
         await peers_of(client, one).leaves("b", BLOB, SIZE, 0, 1, Caught().took)
         sink = LeafSink(SIZE, lambda first, end: True, Caught().took, client.buffers)
-        later = asyncio.create_task(client.request("b", one.address, "GET", "/later", {}, sink))
+        later = asyncio.create_task(client.request("b", one.link, "GET", "/later", {}, sink))
         await asked.wait()  # on the connection that was kept: none to this node is idle now
         await peers_of(client, two).leaves("b", BLOB, SIZE, 0, 1, Caught().took)
         go.set()
@@ -143,7 +156,7 @@ async def test_a_connection_closed_since_its_last_use_is_reopened() -> None:
         await writer.drain()
         writer.close()
 
-    async with serving(_counting(once, ports)) as server, PeerHttpClient() as client:
+    async with serving(_counting(once, ports)) as server, PeerHttpClient(PLAINLY) as client:
         for _ in range(3):
             caught.leaves.clear()
             await peers_of(client, server).leaves("b", BLOB, SIZE, 0, 1, caught.took)
@@ -170,7 +183,7 @@ WRONG = {
 @pytest.mark.parametrize("what", WRONG)
 async def test_a_reply_to_another_request_is_refused_entirely(what: str) -> None:
     caught = Caught()
-    async with serving(WRONG[what]) as server, PeerHttpClient() as client:
+    async with serving(WRONG[what]) as server, PeerHttpClient(PLAINLY) as client:
         with pytest.raises(Corrupt, match="node b"):
             await peers_of(client, server).leaves("b", BLOB, SIZE, 1, 2, caught.took)
         assert not caught.leaves and client.buffers.out_count == 0
@@ -183,7 +196,7 @@ async def test_a_range_not_offered_or_too_long_is_no_reply_to_any() -> None:
         (0b001000, 4, range_reply(2, 3)),
         (0b000111, 4, range_reply(2, 4)),
     ):
-        async with serving(answer) as server, PeerHttpClient() as client:
+        async with serving(answer) as server, PeerHttpClient(PLAINLY) as client:
             with pytest.raises(Corrupt, match="another range"):
                 await peers_of(client, server).any_leaves("b", BLOB, SIZE, wanted, most, caught.took, caught.chose)
     assert caught.chosen is None and not caught.leaves
@@ -197,7 +210,7 @@ async def test_what_came_before_a_node_broke_off_is_kept() -> None:
         await writer.drain()
         writer.close()
 
-    async with serving(half) as server, PeerHttpClient() as client:
+    async with serving(half) as server, PeerHttpClient(PLAINLY) as client:
         with pytest.raises(Unavailable, match=r"node b .*broke off"):
             await peers_of(client, server).leaves("b", BLOB, SIZE, 0, 3, caught.took)
         assert caught.is_right(0, 2) and client.buffers.out_count == 0
@@ -211,7 +224,10 @@ async def test_what_came_before_a_node_broke_off_is_kept() -> None:
     ],
 )
 async def test_each_status_has_its_error_and_names_the_node(status: int, kind: type[ShoalError]) -> None:
-    async with serving(reply(status, b"{}", location="http://127.0.0.1:1/")) as server, PeerHttpClient() as client:
+    async with (
+        serving(reply(status, b"{}", location="http://127.0.0.1:1/")) as server,
+        PeerHttpClient(PLAINLY) as client,
+    ):
         with pytest.raises(ShoalError, match="node b") as caught:
             await peers_of(client, server).leaves("b", BLOB, SIZE, 0, 1, Caught().took)
     assert type(caught.value) is kind and len(server.asked) == 1
@@ -219,7 +235,7 @@ async def test_each_status_has_its_error_and_names_the_node(status: int, kind: t
 
 @pytest.mark.parametrize(("retry_after", "wait_s"), [("3", 3), ("9" * 30, 1), ("soon", 1), ("900", 8)])
 async def test_a_busy_node_names_when_to_retry(retry_after: str, wait_s: float) -> None:
-    async with serving(reply(503, retry_after=retry_after)) as server, PeerHttpClient() as client:
+    async with serving(reply(503, retry_after=retry_after)) as server, PeerHttpClient(PLAINLY) as client:
         with pytest.raises(PeerBusy) as caught:
             await peers_of(client, server).leaves("b", BLOB, SIZE, 0, 1, Caught().took)
     assert caught.value.retry_after_s == wait_s
@@ -227,7 +243,7 @@ async def test_a_busy_node_names_when_to_retry(retry_after: str, wait_s: float) 
 
 async def test_I7_a_stalled_node_times_out_in_its_head_and_in_its_body() -> None:
     for beginning in (b"", b"HTTP/1.1 206 X\r\n", range_reply(0, 1)[:5000]):
-        async with serving(_answer_with(beginning)) as server, PeerHttpClient(silence_s=0.05) as client:
+        async with serving(_answer_with(beginning)) as server, PeerHttpClient(PLAINLY, silence_s=0.05) as client:
             with pytest.raises(Unavailable, match="sent nothing"):
                 await peers_of(client, server).leaves("b", BLOB, SIZE, 0, 1, Caught().took)
             assert client.buffers.out_count == 0
@@ -245,7 +261,7 @@ async def test_a_refused_connection_is_a_down_node_and_another_is_used() -> None
     caught = Caught()
     async with serving(b"") as gone:
         pass
-    async with serving(range_reply(0, 1)) as server, PeerHttpClient() as client:
+    async with serving(range_reply(0, 1)) as server, PeerHttpClient(PLAINLY) as client:
         with pytest.raises(Unavailable, match="is unreachable"):
             await peers_of(client, gone).leaves("b", BLOB, SIZE, 0, 1, caught.took)
         await peers_of(client, gone, server).leaves("b", BLOB, SIZE, 0, 1, caught.took)
@@ -253,16 +269,18 @@ async def test_a_refused_connection_is_a_down_node_and_another_is_used() -> None
 
 
 async def test_I12_no_proxy_is_used_and_a_token_is_for_one_blob(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    async with serving(reply(502)) as proxy, serving(range_reply(0, 1)) as server, PeerHttpClient() as client:
+    authority = Authority(tmp_path)
+    a, b = (authority.tokens(authority.node(node)) for node in "ab")
+    async with serving(reply(502)) as proxy, serving(range_reply(0, 1)) as server, PeerHttpClient(PLAINLY) as client:
         for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
             monkeypatch.setenv(name, proxy.url)
-        peers = FileserverClient(client, "secret", lambda: {"b": [server.address]})
+        peers = FileserverClient(client, a, lambda: {"b": [server.link]})
         await peers.leaves("b", BLOB, SIZE, 0, 1, Caught().took)
     assert not proxy.asked
-    assert server.asked[0].headers["authorization"].startswith("Shoal ")
-    assert "secret" not in str(server.asked)
+    now_s = cluster_clock.now_s()
+    assert b.allows(BLOB, server.asked[0].headers, now_s) and not b.allows("b" * 64, server.asked[0].headers, now_s)
 
 
 async def test_a_list_is_read_in_pages_and_each_is_what_was_asked_for() -> None:
@@ -273,11 +291,11 @@ async def test_a_list_is_read_in_pages_and_each_is_what_was_asked_for() -> None:
         body = hashes[int(start) : int(last) + 1]
         writer.write(reply(206, body, content_range=f"bytes {start}-{last}/{len(hashes)}"))
 
-    async with serving(page) as server, PeerHttpClient() as client:
+    async with serving(page) as server, PeerHttpClient(PLAINLY) as client:
         assert await peers_of(client, server).leaf_list("b", BLOB, 32, 500_000) == hashes[32:500_032]
     assert len(server.asked) == 2
     for wrong in (reply(206, b"x" * 32, content_range="bytes 0-31/64"), reply(206, b"x" * 31), reply(200, b"x" * 64)):
-        async with serving(wrong) as server, PeerHttpClient() as client:
+        async with serving(wrong) as server, PeerHttpClient(PLAINLY) as client:
             with pytest.raises(Corrupt):
                 await peers_of(client, server).leaf_list("b", BLOB, 32, 32)
 
@@ -296,7 +314,7 @@ async def test_leaves_in_memory_are_bounded_by_requests_not_by_length() -> None:
             await writer.drain()
 
     caught = [Caught(keep=True) for _ in range(runs)]
-    async with serving(all_of_it) as server, PeerHttpClient() as client:
+    async with serving(all_of_it) as server, PeerHttpClient(PLAINLY) as client:
         peers = peers_of(client, server)
         asking = [
             asyncio.create_task(peers.leaves("b", BLOB, size_bytes, 0, leaf_count(size_bytes), c.took))
@@ -338,10 +356,10 @@ def test_an_address_of_a_peer_is_a_host_and_a_port(address: str, parsed: tuple[s
 async def test_I10_an_impossible_address_is_refused_before_use(address: str) -> None:
     with pytest.raises(BadName):
         parse_address(address)
-    async with PeerHttpClient() as client:
+    async with PeerHttpClient(PLAINLY) as client:
         with pytest.raises(BadName):
-            await FileserverClient(client, "", lambda: {"b": [address]}).leaves("b", BLOB, SIZE, 0, 1, Caught().took)
+            peers = FileserverClient(client, OUTSIDE, lambda: {"b": [NodeAddress(address=address)]})
+            await peers.leaves("b", BLOB, SIZE, 0, 1, Caught().took)
         with pytest.raises(BadName):
-            await FileserverClient(client, "", lambda: {"b": ["h:1"]}).leaves(
-                "b", "../health", SIZE, 0, 1, Caught().took
-            )
+            peers = FileserverClient(client, OUTSIDE, lambda: {"b": [NodeAddress(address="h:1")]})
+            await peers.leaves("b", "../health", SIZE, 0, 1, Caught().took)

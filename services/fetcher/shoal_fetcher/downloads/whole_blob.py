@@ -9,8 +9,6 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 
-from shoal_common.bus.cluster_lease import ClusterLease, acquire, hold
-from shoal_common.bus.keys import origin_key
 from shoal_common.errors import ShoalError, Unavailable
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages.manifest import Manifest, ManifestFile
@@ -22,6 +20,7 @@ from shoal_fetcher.sources.failure_policy import HUB, UNKNOWN_SOURCE, SourceHeal
 from shoal_fetcher.sources.source_selection import FetchFromHub, FetchFromPeer, WaitForOrigin, choose_source
 from shoal_fetcher.swarm.context import NodeFetchContext
 from shoal_fetcher.swarm.origin import HubReader, hub_reader, node_reader, read_missing
+from shoal_fetcher.swarm.origin_lease import OriginLease, acquire_origin
 
 log = StructuredLogger("small")
 
@@ -107,11 +106,11 @@ async def _as_origin(
     commit: Commit,
 ) -> CommittedBlob | None:
     """Read the blob from the hub for all nodes. Returns None if another node is the origin or has just finished."""
-    lease = await acquire(node_context.buckets.lease, origin_key(file.blob), node_context.node, node_context.uid)
-    if lease is None:
+    holding = await acquire_origin(node_context, file.blob)
+    if holding is None:
         return None
     async with AsyncExitStack() as stack:
-        await stack.enter_async_context(hold(lease))
+        lease = await stack.enter_async_context(holding)
         # The last origin may have finished between our check and our lease (I9).
         await node_context.cluster_view.wait_caught_up()
         if health.askable(node_context.cluster_view.holders(file.blob, manifest)):
@@ -128,7 +127,7 @@ async def _as_origin(
         return committed
 
 
-async def _while_held(lease: ClusterLease, file: ManifestFile, work: Awaitable[None]) -> None:
+async def _while_held(lease: OriginLease, file: ManifestFile, work: Awaitable[None]) -> None:
     reading = asyncio.ensure_future(work)
     lost = asyncio.ensure_future(lease.wait_lost())
     try:

@@ -35,6 +35,8 @@ class NodeFetchContext(msgspec.Struct):
     peers: FileserverClient
     layout: StorePaths
     workers: LeafWorkers
+    serves_peers: bool = True
+    """Whether others may read from this node: else it must not be the one that reads for all."""
     read_counts: Counter[str] = msgspec.field(default_factory=Counter)
     """How many blobs are being read whole from a node, by node."""
 

@@ -1,20 +1,26 @@
 """HTTP/1.1 client of other nodes' fileservers: body bytes go from the socket straight into their leaf's buffer.
 
-One exchange at a time per connection; connections are reused. No redirects, no proxies (I12). An answer has a length,
-and a head of at most 16 KiB; anything else ends the connection.
+One exchange at a time per connection; connections are reused for the node that they lead to, which TLS verifies. No
+redirects, no proxies (I12). An answer has a length, and a head of at most 16 KiB; anything else ends the
+connection.
 """
 
 from __future__ import annotations
 
 import asyncio
 import re
+import ssl
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
 import httptools
+import msgspec
 
 from shoal_common.errors import BadName, Corrupt, Denied, InternalError, NotFound, ShoalError, Unavailable
+from shoal_common.identity.peer_links import PeerLinks
+from shoal_common.identity.tls import tls_error
+from shoal_common.messages.liveness import NodeAddress
 from shoal_fetcher.errors import PeerTimeout
 from shoal_fetcher.swarm.sinks import BodySink, BufferPool, BytesSink, PeerReply
 
@@ -234,13 +240,22 @@ class _Connection(asyncio.BufferedProtocol):
             self._transport.abort()
 
 
+class _Target(msgspec.Struct, frozen=True):
+    """Whom a connection leads to, and where."""
+
+    node: str
+    link: NodeAddress
+
+
 class PeerHttpClient:
     """Pool of connections to fileservers. Leaving `async with` closes them."""
 
-    def __init__(self, silence_s: float = SILENCE_TIMEOUT_S, connect_s: float = CONNECT_TIMEOUT_S) -> None:
-        self._silence_s, self._connect_s = silence_s, connect_s
+    def __init__(
+        self, peer_links: PeerLinks, silence_s: float = SILENCE_TIMEOUT_S, connect_s: float = CONNECT_TIMEOUT_S
+    ) -> None:
+        self._peer_links, self._silence_s, self._connect_s = peer_links, silence_s, connect_s
         self.buffers = BufferPool()
-        self._idle: dict[str, list[tuple[_Connection, float]]] = {}
+        self._idle: dict[_Target, list[tuple[_Connection, float]]] = {}
         self._slots: dict[str, asyncio.Semaphore] = {}
         self._request_counts: Counter[str] = Counter()
 
@@ -256,7 +271,7 @@ class PeerHttpClient:
     async def request(
         self,
         node: str,
-        address: str,
+        link: NodeAddress,
         method: str,
         path: str,
         headers: Mapping[str, str],
@@ -268,19 +283,21 @@ class PeerHttpClient:
         Raises BadName for an invalid address; Corrupt, NotFound, Denied, Failed, PeerBusy or Unavailable, naming the
         node.
         """
-        parse_address(address)
-        fields = {"Host": address, **headers}
+        parse_address(link.address)
+        fields = {"Host": link.address, **headers}
         if body:
             fields["Content-Length"] = str(len(body))
         lines = [f"{method} {path} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items()), "", ""]
         request = "\r\n".join(lines).encode("latin-1") + body
         try:
-            async with self._slot(address):
-                reply = await self._exchange(address, request, sink)
+            async with self._slot(link.address):
+                reply = await self._exchange(_Target(node, link), request, sink)
         except _ReadTimeout as e:
             raise PeerTimeout(f"node {node} timed out: {e}; {_HINT}") from None
         except _ConnectionLost as e:
             raise Unavailable(f"node {node} is unreachable or the connection broke off: {e}; {_HINT}") from None
+        except ssl.SSLError as e:
+            raise Unavailable(f"{link.address} does not prove to be node {node}: {tls_error(e)}; {_HINT}") from None
         except OSError as e:
             raise Unavailable(f"node {node} is unreachable: {e.strerror or e}; {_HINT}") from None
         except Corrupt as e:
@@ -301,9 +318,9 @@ class PeerHttpClient:
                 del self._request_counts[address], self._slots[address]
                 self._close_idle()
 
-    async def _exchange(self, address: str, request: bytes, sink: BodySink) -> PeerReply:
+    async def _exchange(self, target: _Target, request: bytes, sink: BodySink) -> PeerReply:
         while True:
-            connection = self._take_idle(address) or await self._connect(address)
+            connection = self._take_idle(target) or await self._connect(target)
             used_before = connection.used
             try:
                 reply = await connection.exchange(request, sink)
@@ -312,38 +329,41 @@ class PeerHttpClient:
                     continue  # the node closed it before our request arrived
                 raise
             if connection.usable:
-                connections = self._idle.setdefault(address, [])
+                connections = self._idle.setdefault(target, [])
                 connections.append((connection, asyncio.get_running_loop().time()))
                 if len(connections) > _MAX_IDLE_CONNECTIONS:
                     connections.pop(0)[0].close()
             return reply
 
-    async def _connect(self, address: str) -> _Connection:
-        host, port = parse_address(address)
+    async def _connect(self, target: _Target) -> _Connection:
+        host, port = parse_address(target.link.address)
+        context, server_hostname = self._peer_links.tls(target.node, target.link) or (None, None)
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self._connect_s):
-                _, connection = await loop.create_connection(lambda: _Connection(self._silence_s), host, port)
+                _, connection = await loop.create_connection(
+                    lambda: _Connection(self._silence_s), host, port, ssl=context, server_hostname=server_hostname
+                )
         except TimeoutError:
             raise _ReadTimeout(f"it did not answer within {self._connect_s:.0f} s", is_fresh=False) from None
         return connection
 
-    def _take_idle(self, address: str) -> _Connection | None:
-        connections, now_s = self._idle.get(address, []), asyncio.get_running_loop().time()
+    def _take_idle(self, target: _Target) -> _Connection | None:
+        connections, now_s = self._idle.get(target, []), asyncio.get_running_loop().time()
         while connections:
             connection, since_s = connections.pop()
             if connection.usable and now_s - since_s < _IDLE_TIMEOUT_S:
                 return connection
             connection.close()
-        self._idle.pop(address, None)
+        self._idle.pop(target, None)
         return None
 
     def _close_idle(self) -> None:
         """Close idle connections to addresses that are not asked any more."""
         now_s = asyncio.get_running_loop().time()
-        for address, connections in list(self._idle.items()):
+        for target, connections in list(self._idle.items()):
             if not connections or connections[-1][1] + _IDLE_TIMEOUT_S < now_s:
-                for connection, _ in self._idle.pop(address):
+                for connection, _ in self._idle.pop(target):
                     connection.close()
 
 
@@ -362,7 +382,7 @@ def raise_for_status(reply: PeerReply, node: str) -> None:
         return
     if status in (401, 403):
         raise Denied(
-            f"{peer} refused the credentials (HTTP {status}): set the cluster's SHOAL_SECRET, and check the clocks"
+            f"{peer} refused this node's token (HTTP {status}): one of the two is no member, or its clock is wrong"
         )
     if status == 404:
         raise NotFound(f"{peer} does not have it (HTTP 404)")

@@ -12,8 +12,6 @@ import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 
-from shoal_common.bus.cluster_lease import ClusterLease, acquire, hold
-from shoal_common.bus.keys import origin_key
 from shoal_common.concurrency.notifier import Notifier
 from shoal_common.errors import Corrupt, Denied, InternalError, ShoalError, Unavailable
 from shoal_common.logs import StructuredLogger
@@ -30,6 +28,7 @@ from shoal_fetcher.sources.source_selection import FetchFromPeer, choose_source
 from shoal_fetcher.swarm.context import BlobFetchContext
 from shoal_fetcher.swarm.have_gossip import HaveGossip
 from shoal_fetcher.swarm.leaf_list_sync import LeafListSync
+from shoal_fetcher.swarm.origin_lease import OriginLease, acquire_origin
 from shoal_fetcher.swarm.peer_client import FileserverClient
 
 log = StructuredLogger("origin")
@@ -238,13 +237,11 @@ class Origin:
         source: str | None = None
         keep_lease = False
         try:
-            lease = await acquire(
-                node_context.buckets.lease, origin_key(fetch.blob), node_context.node, node_context.uid
-            )
-            if lease is None:
+            holding = await acquire_origin(node_context, fetch.blob)
+            if holding is None:
                 self._retry_at_s = asyncio.get_running_loop().time() + _LEASE_RETRY_S
                 return
-            await self.lease_stack.enter_async_context(hold(lease))
+            lease = await self.lease_stack.enter_async_context(holding)
             # The last origin may have finished between our check and our lease (I9).
             await node_context.cluster_view.wait_caught_up()
             if not self._is_needed():
@@ -282,7 +279,7 @@ class Origin:
                 self._gossip.origin = False
                 await self.lease_stack.aclose()
 
-    async def _while_held(self, lease: ClusterLease, source: str | None) -> None:
+    async def _while_held(self, lease: OriginLease, source: str | None) -> None:
         tasks = {asyncio.ensure_future(w) for w in (self._read_and_seal(source), lease.wait_lost())}
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

@@ -7,7 +7,8 @@ from collections.abc import Awaitable, Callable
 
 from shoal_common.bus import cluster_clock
 from shoal_common.errors import ShoalError, Unavailable
-from shoal_common.host.credentials import blob_token
+from shoal_common.identity.peer_tokens import PeerTokens
+from shoal_common.messages.liveness import NodeAddress
 from shoal_common.names import check_blob
 from shoal_common.store.bitmap import LEAF_BYTES
 from shoal_common.store.leaf_set import leaf_range, to_bitmap
@@ -28,11 +29,11 @@ class FileserverClient:
     def __init__(
         self,
         client: PeerHttpClient,
-        secret: str,
-        addresses: Callable[[], dict[str, list[str]]],
+        tokens: PeerTokens,
+        addresses: Callable[[], dict[str, list[NodeAddress]]],
         on_lost: Callable[[str, str], Awaitable[None]] | None = None,
     ) -> None:
-        self._client, self._secret, self._addresses, self._lost = client, secret, addresses, on_lost
+        self._client, self._tokens, self._addresses, self._lost = client, tokens, addresses, on_lost
         self._rates = AddressStats()
 
     async def leaves(self, node: str, blob: str, size_bytes: int, first: int, end: int, on_leaf: OnLeaf) -> PeerReply:
@@ -105,14 +106,14 @@ class FileserverClient:
         most_bytes: int,
         body: bytes = b"",
     ) -> PeerReply:
-        addresses, rates = self._addresses().get(node, []), self._rates
-        error: ShoalError = Unavailable(f"node {node} publishes no address; see `shoal status`")
-        blob = path.split("/")[3]
-        for address in rates.sort_by_rate(node, addresses, time.monotonic(), most_bytes):
-            token = blob_token(self._secret, node, blob, cluster_clock.now_s())
+        links = {link.address: link for link in self._addresses().get(node, [])}
+        error: ShoalError = Unavailable(f"node {node} publishes no address that may be used; see `shoal status`")
+        blob, rates = path.split("/")[3], self._rates
+        for address in rates.sort_by_rate(node, list(links), time.monotonic(), most_bytes):
+            signed = {**self._tokens.token(node, blob, cluster_clock.now_s()), **headers}
             began_s = time.monotonic()
             try:
-                reply = await self._client.request(node, address, method, path, {**token, **headers}, sink, body)
+                reply = await self._client.request(node, links[address], method, path, signed, sink, body)
             except PeerBusy:
                 raise
             except Unavailable as e:
