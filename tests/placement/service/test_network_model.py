@@ -33,6 +33,7 @@ from shoal_placement.network.model import (
     with_measurements,
 )
 from shoal_placement.solver.build_problem import DEFAULT_LINK_S
+from tests.harness.identities import Authority
 from tests.harness.nats import NatsServer
 from tests.harness.networks import Machine, machines, port_forward, relayed
 from tests.harness.node import Node, running_nodes
@@ -43,7 +44,6 @@ from tests.placement.placement_cluster import MODEL, Cluster, cluster_of
 T = TypeVar("T")
 
 NODES = "abcd"
-SECRET = "a secret for tests only"
 FAR_S = 0.02
 MEASURED_S = 60.0
 """For a round of measurements on a busy machine."""
@@ -203,7 +203,9 @@ def test_interface_facts_are_used_where_nothing_was_measured() -> None:
 
 
 @asynccontextmanager
-async def measuring(server: NatsServer, home: Path, far: Machine | None = None) -> AsyncIterator[Cluster]:
+async def measuring(
+    server: NatsServer, authority: Authority, home: Path, far: Machine | None = None
+) -> AsyncIterator[Cluster]:
     """Run nodes a, b and c. If a machine is given, c is on it, 20 ms away from the others each way."""
     reserved = {n: ReservedPort() for n in "abc"}
     ports = {n: port.number for n, port in reserved.items()}
@@ -214,12 +216,13 @@ async def measuring(server: NatsServer, home: Path, far: Machine | None = None) 
             n,
             server.url,
             ("fileserver", "placement"),
-            SHOAL_SECRET=SECRET,
             SHOAL_FILESERVER_PORT=str(port),
             **near,
         )
         for n, port in ports.items()
     ]
+    for node in nodes:
+        authority.node(node.id, node.home)
     async with AsyncExitStack() as stack:
         if far is not None:
             for service in nodes[2].services.values():
@@ -230,6 +233,7 @@ async def measuring(server: NatsServer, home: Path, far: Machine | None = None) 
             stack.enter_context(port_forward(far, "127.0.0.1", ports["c"], ports["c"], FAR_S))
         stack.enter_context(running_nodes(*nodes))
         c = await stack.enter_async_context(cluster_of(server, home))
+        await authority.publish(c.here.buckets)
         for node in nodes:
             await node.ready(c.here)
         await c.hold("a")
@@ -264,8 +268,10 @@ async def all_measured(c: Cluster) -> list[LinksState]:
     return await eventually(published, "all links are measured", MEASURED_S)
 
 
-async def test_links_are_measured_on_demand_and_then_not_for_an_hour(own_nats: NatsServer, tmp_path: Path) -> None:
-    async with measuring(own_nats, tmp_path) as c:
+async def test_links_are_measured_on_demand_and_then_not_for_an_hour(
+    own_members_nats: NatsServer, authority: Authority, tmp_path: Path
+) -> None:
+    async with measuring(own_members_nats, authority, tmp_path) as c:
         assert await c.here.buckets.state.keys("links.>") == []
         first = next(p for p in await shown(c) if len(p.stages) == 2)
         assert not any(s.link_measured for s in first.stages) and all(s.link_s > 0 for s in first.stages)
@@ -280,9 +286,9 @@ async def test_links_are_measured_on_demand_and_then_not_for_an_hour(own_nats: N
 
 
 async def test_a_peer_that_does_not_answer_is_published_as_unreachable(
-    own_nats: NatsServer, tmp_path: Path, closed_port: int
+    own_members_nats: NatsServer, authority: Authority, tmp_path: Path, closed_port: int
 ) -> None:
-    async with measuring(own_nats, tmp_path) as c:
+    async with measuring(own_members_nats, authority, tmp_path) as c:
         facts = NodeFacts(addresses=[f"127.0.0.1:{closed_port}"])
         live = LivenessRecord(holder=ProcessIdentity(uid="d", host="elsewhere", pid=1), version=VERSION, facts=facts)
         await c.here.buckets.live.put(liveness_key("d", "fileserver"), live)
@@ -303,9 +309,9 @@ def far() -> Iterator[Machine]:
 
 
 async def test_a_node_behind_a_slow_link_is_avoided_once_measured(
-    own_nats: NatsServer, tmp_path: Path, far: Machine
+    own_members_nats: NatsServer, authority: Authority, tmp_path: Path, far: Machine
 ) -> None:
-    async with measuring(own_nats, tmp_path, far) as c:
+    async with measuring(own_members_nats, authority, tmp_path, far) as c:
         first = await shown(c)
         assert "c" in {s.node for s in first[0].stages}, "it has the most memory, and nothing speaks against it"
         await all_measured(c)

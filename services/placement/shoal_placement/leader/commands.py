@@ -89,12 +89,13 @@ class PlacementService:
         spec: KvMirror,
         state: KvMirror,
         collector: NodeGarbageCollector,
+        survey: LinkSurvey,
         replace_after_s: float,
     ) -> None:
-        self._context, self._node_gc = context, collector
+        self._context, self._node_gc, self.survey = context, collector, survey
         self._live, self._spec, self._state = live, spec, state
         self._section = asyncio.Lock()
-        self._failure_detector, self.survey = FailureDetector(context, live), LinkSurvey(context, live, state)
+        self._failure_detector = FailureDetector(context, live)
         self._migrator = Migrator(
             context, (live, spec, state), self._inference_nodes, self._cluster_facts, self._section, replace_after_s
         )

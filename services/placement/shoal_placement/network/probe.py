@@ -12,6 +12,7 @@ from time import perf_counter
 
 import msgspec
 
+from shoal_common.identity.peer_links import PeerLinks
 from shoal_common.messages.liveness import NodeAddress
 from shoal_placement.network.model import transfer_rate
 
@@ -37,15 +38,19 @@ class LinkMeasurement(msgspec.Struct, frozen=True):
     bytes_per_s: float
 
 
-def connect(addresses: Sequence[NodeAddress]) -> tuple[NodeAddress, HTTPConnection]:
-    """Return a connection to the first address that accepts one, and that address. Raises OSError."""
-    error = OSError("it publishes no address")
-    for link in addresses[:MAX_ADDRESSES]:
+def connect(node: str, links: Sequence[NodeAddress], peer_links: PeerLinks) -> tuple[NodeAddress, HTTPConnection]:
+    """Return a connection to the first address where the node answers, and that address. Raises OSError."""
+    error = OSError("it publishes no address that may be used")
+    for link in links[:MAX_ADDRESSES]:
         host, _, port = link.address.rpartition(":")
         connection = HTTPConnection(host.strip("[]"), int(port), timeout=CONNECT_TIMEOUT_S)
         try:
             connection.connect()
+            if tls := peer_links.tls(node, link):
+                context, server_hostname = tls
+                connection.sock = context.wrap_socket(connection.sock, server_hostname=server_hostname)
         except OSError as e:
+            connection.close()
             error = e
             continue
         connection.sock.settimeout(READ_TIMEOUT_S)
@@ -63,7 +68,8 @@ def measure_link(connection: HTTPConnection, token: Mapping[str, str]) -> LinkMe
         for _ in range(ROUND_TRIP_COUNT):
             began_s = perf_counter()
             connection.request("GET", PROBE_PATH, headers=dict(token))
-            connection.sock.recv(1, socket.MSG_PEEK)  # stop the clock before the response is parsed
+            # Stop the clock before the response is decrypted and parsed.
+            socket.socket.recv(connection.sock, 1, socket.MSG_PEEK)
             shortest_s = min(shortest_s, perf_counter() - began_s)
             response = connection.getresponse()
             response.read(_SMALL_BYTES)

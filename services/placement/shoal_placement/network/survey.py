@@ -17,10 +17,11 @@ from nats.errors import Error as NatsError
 from shoal_common.bus import cluster_clock
 from shoal_common.bus.keys import links_key
 from shoal_common.bus.kv_mirror import KvMirror
-from shoal_common.errors import ShoalError
+from shoal_common.errors import Denied, ShoalError
 from shoal_common.host.addresses import reachable_addresses
-from shoal_common.host.credentials import PROBE_NAME, blob_token
 from shoal_common.host.process_identity import network_id
+from shoal_common.identity.peer_links import PeerLinks
+from shoal_common.identity.peer_tokens import PROBE_NAME, PeerTokens
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages.liveness import LivenessRecord, NodeFacts
 from shoal_common.messages.placement import LinksState, MeasuredLink, MeasureLinks
@@ -40,8 +41,16 @@ _DEADLINE_S = 40.0
 class LinkSurvey:
     """Measures this node's links, and asks other nodes to measure theirs."""
 
-    def __init__(self, context: ServiceContext, live: KvMirror, state: KvMirror) -> None:
+    def __init__(
+        self,
+        context: ServiceContext,
+        live: KvMirror,
+        state: KvMirror,
+        tokens: PeerTokens,
+        peer_links: PeerLinks,
+    ) -> None:
         self._context, self._live, self._state = context, live, state
+        self._tokens, self._peer_links = tokens, peer_links
         self._answering, self._measuring = asyncio.Lock(), asyncio.Lock()
         self._network = network_id()
         self._candidates: tuple[str, ...] = ()
@@ -115,14 +124,13 @@ class LinkSurvey:
             measured_at_s=round(cluster_clock.now_s(), 3),
             addresses_fingerprint=link_digest(own, record.facts),
         )
+        links = self._peer_links.usable(reachable_addresses(record, self._network, context.interfaces.current))
         try:
-            link, connection = await asyncio.to_thread(
-                connect, reachable_addresses(record, self._network, context.interfaces.current)
-            )
-            token = blob_token(context.config.secret, peer, PROBE_NAME, cluster_clock.now_s())
+            token = self._tokens.token(peer, PROBE_NAME, cluster_clock.now_s())
+            link, connection = await asyncio.to_thread(connect, peer, links, self._peer_links)
             async with self._measuring:
                 measurement = await asyncio.to_thread(measure_link, connection, token)
-        except OSError as e:
+        except (OSError, Denied) as e:
             log.info("peer could not be reached", peer=peer, reason=str(e) or type(e).__name__)
             return structs.replace(result, error=(str(e) or type(e).__name__)[:200])
         log.debug(
