@@ -40,7 +40,9 @@ from shoal_storage.libraries.recognize import DirEntry, LibraryListing, recogniz
 from tests.fuzz.parser_under_test import JSON_PIECES, Parser, json_or_none, text_of
 
 _COMMIT = "c" * 40
-_PLACE = handshake.RingPlace(instance="i", epoch=1, rank=1, stages=3, secret=b"s" * 32)
+_PLACE = handshake.RingPlace(
+    instance="i", epoch=1, rank=1, stages=3, successor_secret=b"s" * 32, predecessor_secret=b"s" * 32
+)
 _NONCE = bytes(handshake.NONCE_BYTES)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from shoal_common.errors import ErrorBody
+from shoal_common.identity.certificates import node_host
 from shoal_common.messages.generation import Accepted, Generate, TokenEvent
 from shoal_inference.stage.ipc.messages import (
     Cancel,
@@ -22,17 +23,20 @@ from shoal_inference.stage.ipc.messages import (
     RequestEvent,
     SetSuccessor,
     StageStats,
+    StageTls,
     Start,
     StartRequest,
 )
 from shoal_inference.stage.ipc.parent import StageProcess
+from tests.harness.identities import Authority
 from tests.harness.process import is_paused
 
 WAIT_TIMEOUT_S = 45.0
 """Deadline of waits that should take far less; exceeding it is a failure."""
 IDLE_TIMEOUT_S = 10.0
 """Within which a ring without requests says that it has none."""
-SECRET = b"the ring's secret"
+SECRETS = (b"of ranks 0 and 1", b"of ranks 1 and 2", b"of ranks 2 and 3", b"of ranks 3 and 4")
+"""What each stage shares with the next one; the last one that there is, with rank 0."""
 CHUNK_TOKENS = 8
 
 T = TypeVar("T")
@@ -91,10 +95,12 @@ class Child:
 
 
 class RingOfStages:
-    """`cuts` are layer boundaries: (0, 3, 6) is two stages of three layers."""
+    """`cuts` are layer boundaries: (0, 3, 6) is two stages of three layers. With an authority they speak TLS."""
 
-    def __init__(self, model_dir: Path, cuts: Sequence[int], **settings: Any) -> None:
-        self.model_dir = model_dir
+    def __init__(
+        self, model_dir: Path, cuts: Sequence[int], authority: Authority | None = None, **settings: Any
+    ) -> None:
+        self.model_dir, self._authority = model_dir, authority
         self.cuts = tuple(cuts)
         self.settings = settings
         self.children: list[Child] = []
@@ -109,7 +115,14 @@ class RingOfStages:
         return self.children[-1]
 
     def start_for(self, rank: int) -> Start:
-        settings = {"prefill_chunk_tokens": CHUNK_TOKENS, "secret": SECRET, **self.settings}
+        settings = {
+            "prefill_chunk_tokens": CHUNK_TOKENS,
+            "successor_secret": SECRETS[rank],
+            "predecessor_secret": SECRETS[rank - 1 if rank else self.stages - 1],
+            "tls": self._tls_of(rank),
+            "is_encrypted": self._authority is not None,
+            **self.settings,
+        }
         return Start(
             instance="i1",
             epoch=3,
@@ -120,6 +133,13 @@ class RingOfStages:
             last_layer=self.cuts[rank + 1],
             **settings,
         )
+
+    def _tls_of(self, rank: int) -> StageTls | None:
+        if self._authority is None:
+            return None
+        node = self._authority.node(f"rank-{rank}")
+        files = {"certificate_file": str(node.certificate_file), "key_file": str(node.key_file)}
+        return StageTls(authority=node.authority, **files)
 
     async def spawn(self, rank: int) -> Child:
         child = Child(await StageProcess.spawn(), rank)
@@ -138,7 +158,9 @@ class RingOfStages:
             return
         ports = [(await child.wait(Listening)).port for child in self.children]
         for child in self.children:
-            await child.process.send(SetSuccessor(host="127.0.0.1", port=ports[(child.rank + 1) % self.stages]))
+            successor = (child.rank + 1) % self.stages
+            hostname = node_host(f"rank-{successor}") if self._authority else ""
+            await child.process.send(SetSuccessor(host="127.0.0.1", port=ports[successor], server_hostname=hostname))
         for child in self.children:
             await child.wait(Linked, since=since[child.rank] if since else 0)
 

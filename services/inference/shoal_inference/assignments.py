@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import msgspec
 
 from shoal_common.host.addresses import sort_by_preference
 from shoal_common.host.interfaces import Interface
 from shoal_common.messages.instances import InstanceSpec, StageSpec, StageState
+from shoal_common.messages.liveness import NodeAddress
 
 
 class Assignment(msgspec.Struct, frozen=True):
@@ -53,13 +54,17 @@ def stale_stages(states: Iterable[StageState], wanted: Iterable[Assignment], nod
     return sorted((s.instance, s.rank) for s in states if s.node == node and (s.instance, s.rank) not in keep)
 
 
-def successor_address(
-    spec: InstanceSpec, rank: int, states: Iterable[StageState], own_interfaces: Sequence[Interface] = ()
-) -> str:
-    """Return the address of the stage after `rank` as seen from these interfaces; "" while it does not listen."""
+def successor_link(
+    spec: InstanceSpec,
+    rank: int,
+    states: Iterable[StageState],
+    is_usable: Callable[[NodeAddress], bool],
+    own_interfaces: Sequence[Interface] = (),
+) -> NodeAddress | None:
+    """Return the best usable address of the stage after `rank` as seen from these interfaces; None without one."""
     next_rank = (rank + 1) % len(spec.stages)
     for state in states:
-        if (state.instance, state.rank, state.epoch) == (spec.id, next_rank, spec.epoch):
-            links = sort_by_preference(state.links, own_interfaces) if state.address else []
-            return links[0].address if links else state.address
-    return ""
+        if (state.instance, state.rank, state.epoch) == (spec.id, next_rank, spec.epoch) and state.address:
+            links = sort_by_preference(state.links, own_interfaces) or [NodeAddress(address=state.address)]
+            return next(filter(is_usable, links), None)
+    return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from shoal_common.bus.reconcile import republish_after_wipes
+from shoal_common.identity.peer_links import PeerLinks
 from shoal_common.messages.generation import CancelGenerate, Generate
 from shoal_common.rpc.request_reply import RpcEndpoint
 from shoal_common.service import ServiceContext
@@ -17,7 +18,9 @@ async def run(context: ServiceContext) -> None:
         spec = await context.mirror(tasks, "spec", "instance.>")
         state = await context.mirror(tasks, "state")
         await context.follow_interfaces()
-        stage_manager = StageManager(context, tasks, spec, state)
+        secrets = await context.peer_secrets(tasks)
+        peer_links = await asyncio.to_thread(PeerLinks, context.config.identity)
+        stage_manager = StageManager(context, tasks, spec, state, secrets, peer_links)
         await stage_manager.unpublish_stale_stages()
         context.run_in_background(tasks, stage_manager.reconcile_stages_forever())
         context.run_in_background(tasks, republish_after_wipes(context.nats.store_wipes, stage_manager.republish))

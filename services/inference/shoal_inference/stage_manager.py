@@ -11,6 +11,8 @@ from shoal_common.bus.kv_mirror import KvMirror
 from shoal_common.bus.reconcile import reconcile_forever
 from shoal_common.errors import NotFound
 from shoal_common.host.cgroup import AvailableMemory
+from shoal_common.identity.peer_links import PeerLinks
+from shoal_common.identity.peer_secrets import PeerSecrets
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages.envelope import Empty
 from shoal_common.messages.generation import Accepted, CancelGenerate, Generate
@@ -39,8 +41,17 @@ _MEMORY_INTERVAL_S = 5.0
 class StageManager:
     """Runs all stages of this node."""
 
-    def __init__(self, context: ServiceContext, tasks: asyncio.TaskGroup, spec: KvMirror, state: KvMirror) -> None:
+    def __init__(
+        self,
+        context: ServiceContext,
+        tasks: asyncio.TaskGroup,
+        spec: KvMirror,
+        state: KvMirror,
+        secrets: PeerSecrets,
+        peer_links: PeerLinks,
+    ) -> None:
         self._context, self._tasks = context, tasks
+        self._secrets, self._peer_links = secrets, peer_links
         self._spec, self._state = spec, state
         self._running: dict[tuple[str, int, int], tuple[StageRunner, asyncio.Task[None]]] = {}
         self._usage_reporter = UsageReporter(context.rpc, tasks)
@@ -100,7 +111,15 @@ class StageManager:
         log.info("starting stage", instance=assignment.spec.id, rank=stage.rank, layers=_layers(assignment))
         context = self._context
         runner = StageRunner(
-            assignment, context.config, context.nats, context.buckets, self._state, context.interfaces, self._speed
+            assignment,
+            context.config,
+            context.nats,
+            context.buckets,
+            self._state,
+            context.interfaces,
+            self._secrets,
+            self._peer_links,
+            self._speed,
         )
         self._running[assignment.key] = (runner, self._tasks.create_task(runner.run()))
 

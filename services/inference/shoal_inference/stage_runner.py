@@ -17,22 +17,26 @@ from shoal_common.bus.keys import model_key, shard_key, stage_key
 from shoal_common.bus.kv_bucket import Buckets
 from shoal_common.bus.kv_mirror import KvMirror
 from shoal_common.concurrency.backoff import Backoff
-from shoal_common.config import Config
+from shoal_common.config import Config, is_loopback
 from shoal_common.errors import InternalError, ShoalError, StageLost, Unavailable, Unsupported, from_body
 from shoal_common.host.addresses import non_loopback
 from shoal_common.host.credentials import derive
 from shoal_common.host.interfaces import InterfaceMonitor
+from shoal_common.identity.node_identity import NodeIdentity
+from shoal_common.identity.peer_links import PeerLinks
+from shoal_common.identity.peer_secrets import PeerSecrets
 from shoal_common.liveness.peer_failure import PeerFailureReporter
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages import downloads, encode
 from shoal_common.messages.generation import Accepted, Generate, TokenEvent
 from shoal_common.messages.instances import StageState
+from shoal_common.messages.liveness import NodeAddress
 from shoal_common.messages.storage import ModelState, ShardState
 from shoal_common.models.kv_cache import MAX_REQUESTS_PER_INSTANCE
 from shoal_common.models.layer_tensors import covers
 from shoal_common.rpc.command_client import CommandClient, new_command_id
 from shoal_common.rpc.request_reply import RpcClient
-from shoal_inference.assignments import Assignment, successor_address
+from shoal_inference.assignments import Assignment, successor_link
 from shoal_inference.host_facts.bandwidth_estimate import BandwidthEstimate, bytes_read_per_token
 from shoal_inference.host_facts.model_lease import lease_model
 from shoal_inference.stage.errors import LinkClosed
@@ -59,9 +63,12 @@ class StageRunner:
         buckets: Buckets,
         state: KvMirror,
         interfaces: InterfaceMonitor,
+        secrets: PeerSecrets,
+        peer_links: PeerLinks,
         speed: BandwidthEstimate,
     ) -> None:
         self.assignment, self._interfaces, self._speed = assignment, interfaces, speed
+        self._secrets, self._peer_links = secrets, peer_links
         self._config, self._nats, self._bucket, self._state_mirror = config, nats, buckets.state, state
         self._commands, self._rpc, self._peer_failures = (
             CommandClient(nats, buckets),
@@ -187,7 +194,10 @@ class StageRunner:
                     max_parallel_answers=spec.constraints.max_parallel_answers,
                     max_requests=max(spec.constraints.max_parallel_answers, MAX_REQUESTS_PER_INSTANCE),
                     bind_host=self._config.bind,
-                    secret=derive(self._config.secret, f"activations/{spec.id}").encode(),
+                    successor_secret=self._secret_of(stage.rank + 1),
+                    predecessor_secret=self._secret_of(stage.rank - 1),
+                    tls=_stage_tls(self._config.identity),
+                    is_encrypted=self._is_encrypted,
                 ),
             )
             self._process = process
@@ -204,19 +214,35 @@ class StageRunner:
         exit_text = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
         raise StageLost(f"stage {stage.rank} of {spec.id} on node {self._config.node} died: {exit_text}")
 
+    @property
+    def _is_encrypted(self) -> bool:
+        return self._config.identity is not None and not is_loopback(self._config.bind)
+
+    def _secret_of(self, rank: int) -> bytes:
+        """Return the instance's secret with the node of a neighbour. Raises Denied if that is no member."""
+        neighbour = self._spec.stages[rank % len(self._spec.stages)].node
+        return derive(self._secrets.shared_with(neighbour), f"activations/{self._spec.id}").encode()
+
     async def _keep_linked(self, process: StageProcess) -> None:
         """Send the process its successor's address, now and at every change."""
         if len(self._spec.stages) == 1:
             return
-        sent = ""
+        sent: NodeAddress | None = None
+        node = self._spec.stages[(self._stage.rank + 1) % len(self._spec.stages)].node
         while True:
             version = self._state_mirror.changes
             states = (s for _, s in self._state_mirror.items(f"stage.{self._spec.id}.", StageState))
-            address = successor_address(self._spec, self._stage.rank, states, self._interfaces.current)
-            if address and address != sent:
-                host, _, port = address.rpartition(":")
-                await self._send(process, messages.SetSuccessor(host=host.strip("[]"), port=int(port)))
-                sent = address
+            link = successor_link(
+                self._spec, self._stage.rank, states, self._peer_links.is_usable, self._interfaces.current
+            )
+            if link is not None and link != sent:
+                host, _, port = link.address.rpartition(":")
+                _, hostname = self._peer_links.tls(node, link) or (None, "")
+                await self._send(
+                    process,
+                    messages.SetSuccessor(host=host.strip("[]"), port=int(port), server_hostname=hostname),
+                )
+                sent = link
             await self._state_mirror.wait_changed(version)
 
     async def _send(self, process: StageProcess, message: messages.ToChild) -> None:
@@ -228,7 +254,8 @@ class StageRunner:
     async def _handle_event(self, event: messages.FromChild) -> None:
         match event:
             case messages.Listening(port=port):
-                links = non_loopback(self._config.links(port, self._interfaces.current)) if port else []
+                interfaces = self._interfaces.current
+                links = non_loopback(self._config.links(port, interfaces, tls=self._is_encrypted)) if port else []
                 self._state = structs.replace(self._state, links=links, address=links[0].address if links else "")
             case messages.Loaded():
                 is_only_stage = len(self._spec.stages) == 1
@@ -334,3 +361,13 @@ class StageRunner:
         if self._state != self._published:
             self._published = self._state
             await self._bucket.put(self._key, self._state)
+
+
+def _stage_tls(identity: NodeIdentity | None) -> messages.StageTls | None:
+    if identity is None:
+        return None
+    return messages.StageTls(
+        authority=identity.authority,
+        certificate_file=str(identity.certificate_file),
+        key_file=str(identity.key_file),
+    )

@@ -18,9 +18,10 @@ from shoal_inference.stage.ipc.messages import Fatal, Linked, Listening, Start, 
 from shoal_inference.stage.ipc.parent import StageProcess
 from shoal_inference.stage.ring import handshake
 from shoal_inference.stage.ring.frames import Kind, encode_frame, make_frame, ring_tag
+from tests.harness.identities import Authority
 from tests.harness.process import checked_run, source_path
 from tests.inference.service.conftest import Models, Rings, Run
-from tests.inference.stage_ring import SECRET, Child, RingOfStages
+from tests.inference.stage_ring import SECRETS, Child, RingOfStages
 
 PROMPT = (7, 21, 40, 3, 99, 250, 8, 12, 77, 5, 64)
 LONG = 450
@@ -111,6 +112,17 @@ def test_a_stage_forgets_a_request_whose_frames_stop_coming(models: Models, own_
     assert run(abandoned()) == "expired"
 
 
+def test_a_ring_inside_tls_answers_alike_and_links_again(
+    models: Models, own_ring: Rings, run: Run[Any], tmp_path: Path
+) -> None:
+    plain = [t.token for t in run(own_ring(models("llama"), (0, 3, 6)).generate(PROMPT, 30))]
+    ring = own_ring(models("llama"), (0, 3, 6), authority=Authority(tmp_path))
+    assert [t.token for t in run(ring.generate(PROMPT, 30))] == plain
+    run(ring.children[1].process.stop())
+    run(ring.respawn(1))
+    assert [t.token for t in run(ring.generate(PROMPT, 30))] == plain
+
+
 def test_a_moved_neighbour_is_followed(models: Models, own_ring: Rings, run: Run[Any]) -> None:
     ring = own_ring(models("llama"), (0, 3, 6))
     first_port = run(ring.children[1].wait(Listening)).port
@@ -120,8 +132,10 @@ def test_a_moved_neighbour_is_followed(models: Models, own_ring: Rings, run: Run
     assert len(run(ring.generate(PROMPT, 5))) == 5
 
 
-def place(*, rank: int, secret: bytes = SECRET, epoch: int = 3) -> handshake.RingPlace:
-    return handshake.RingPlace(instance="i1", epoch=epoch, rank=rank, stages=2, secret=secret)
+def place(*, rank: int, secret: bytes = SECRETS[0], epoch: int = 3) -> handshake.RingPlace:
+    return handshake.RingPlace(
+        instance="i1", epoch=epoch, rank=rank, stages=2, successor_secret=secret, predecessor_secret=SECRETS[1]
+    )
 
 
 async def greet(child: Child, who: handshake.RingPlace) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -130,7 +144,7 @@ async def greet(child: Child, who: handshake.RingPlace) -> tuple[asyncio.StreamR
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     nonce = handshake.read_challenge(await reader.readexactly(handshake.CHALLENGE_BYTES))
     writer.write(handshake.hello(who, nonce, bytes(32)))
-    if who.secret == SECRET and who.epoch == 3:
+    if who.successor_secret == SECRETS[0] and who.epoch == 3:
         await reader.readexactly(handshake.PROOF_BYTES)
     return reader, writer
 
@@ -148,7 +162,9 @@ def besieged(models: Models, shared_rings: Rings) -> RingOfStages:
 
 
 @pytest.mark.parametrize(
-    "who", [place(rank=0, secret=b"guessed"), place(rank=0, epoch=2)], ids=["wrong-secret", "old-epoch"]
+    "who",
+    [place(rank=0, secret=b"guessed"), place(rank=0, secret=SECRETS[1]), place(rank=0, epoch=2)],
+    ids=["wrong-secret", "secret-of-another-link", "old-epoch"],
 )
 def test_I12_a_stranger_is_refused_and_the_ring_stays_linked(
     who: handshake.RingPlace, besieged: RingOfStages, run: Run[Any]

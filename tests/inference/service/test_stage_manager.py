@@ -9,14 +9,18 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from shoal_common.bus.keys import instance_key, stage_key
 from shoal_common.errors import NodeDown, NotFound, StageLost
+from shoal_common.identity.peer_links import PeerLinks
 from shoal_common.messages.envelope import Empty
 from shoal_common.messages.generation import Accepted, CancelGenerate, Generate
 from shoal_common.messages.instances import InstanceSpec, StageSpec, StageState
+from shoal_common.messages.liveness import NodeAddress
 from shoal_common.rpc.request_reply import RpcClient
-from shoal_inference.assignments import assignments, reconcile, stale_stages, successor_address
+from shoal_inference.assignments import assignments, reconcile, stale_stages, successor_link
+from tests.harness.identities import Authority
 from tests.harness.nats import Joined, NatsServer, joined
 from tests.harness.process import node_environment, started
 from tests.harness.waiting import eventually
@@ -69,8 +73,20 @@ def test_the_last_rank_links_to_the_first_only_within_an_epoch() -> None:
         StageState(instance="x", rank=0, node="a", epoch=2, phase="ready", address="h:1"),
         StageState(instance="x", rank=1, node="b", epoch=1, phase="ready", address="h:2"),
     ]
-    assert successor_address(spec, 1, states) == "h:1"
-    assert successor_address(spec, 0, states) == ""
+    assert successor_link(spec, 1, states, lambda _: True) == NodeAddress(address="h:1")
+    assert successor_link(spec, 0, states, lambda _: True) is None
+
+
+def test_I12_a_stage_that_does_not_encrypt_is_not_linked_to(tmp_path: Path) -> None:
+    spec, is_usable = instance("x", "a", "b"), PeerLinks(Authority(tmp_path).node("a")).is_usable
+    plain, encrypted = NodeAddress(address="10.0.0.1:1"), NodeAddress(address="10.0.0.2:1", tls=True)
+
+    def linked(*links: NodeAddress) -> NodeAddress | None:
+        state = StageState(instance="x", rank=1, node="b", epoch=1, phase="ready", address=links[0].address)
+        return successor_link(spec, 0, [structs.replace(state, links=list(links))], is_usable)
+
+    assert linked(plain, encrypted) == encrypted
+    assert linked(plain) is None
 
 
 class Service:

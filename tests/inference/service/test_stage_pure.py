@@ -102,7 +102,9 @@ def test_a_hidden_state_crosses_bit_by_bit(dtype: mx.Dtype) -> None:
 
 
 def place(**changes: Any) -> handshake.RingPlace:
-    return handshake.RingPlace(**{"instance": "i1", "epoch": 1, "rank": 0, "stages": 3, "secret": b"s", **changes})
+    rank = changes.get("rank", 0)
+    secrets = {"successor_secret": b"%d" % rank, "predecessor_secret": b"%d" % ((rank - 1) % 3)}
+    return handshake.RingPlace(**{"instance": "i1", "epoch": 1, "rank": rank, "stages": 3, **secrets, **changes})
 
 
 def test_neighbours_with_the_secret_authenticate_each_other() -> None:
@@ -115,7 +117,8 @@ def test_neighbours_with_the_secret_authenticate_each_other() -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"secret": b"other"}, "proof"),
+        ({"successor_secret": b"other"}, "proof"),
+        ({"successor_secret": b"2"}, "proof"),
         ({"epoch": 2}, "epoch"),
         ({"instance": "i2"}, "instance"),
         ({"rank": 1}, "rank"),
@@ -141,7 +144,7 @@ def test_a_hello_recorded_earlier_does_not_match_a_fresh_nonce() -> None:
 
 
 def test_a_listener_without_the_secret_gets_no_hidden_states() -> None:
-    forged = handshake.welcome(place(rank=1, secret=b"other"), bytes(32), bytes(32))
+    forged = handshake.welcome(place(rank=1, predecessor_secret=b"other"), bytes(32), bytes(32))
     with pytest.raises(errors.HandshakeRefused, match="welcome"):
         handshake.check_welcome(place(), bytes(32), bytes(32), forged)
 

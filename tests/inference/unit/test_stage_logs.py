@@ -13,7 +13,7 @@ from shoal_common.logs import StructuredLogger
 from shoal_inference.stage import logs
 from shoal_inference.stage.errors import LinkClosed
 from shoal_inference.stage.ring import connection
-from shoal_inference.stage.ring.connection import Connection
+from shoal_inference.stage.ring.connection import Connection, RingAddress
 from shoal_inference.stage.ring.handshake import RingPlace
 from shoal_inference.stage.ring.ring import Successor
 
@@ -45,7 +45,7 @@ async def test_an_unreachable_next_stage_is_logged_once_by_its_node(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     logs.configure("b", instance="i1", rank=1)
-    place = RingPlace(instance="i1", epoch=1, rank=1, stages=3, secret=b"s")
+    place = RingPlace(instance="i1", epoch=1, rank=1, stages=3, successor_secret=b"s", predecessor_secret=b"p")
     successor = Successor(place, b"ring", 1.0, lambda: None, lambda error: None, "c")
     attempted = asyncio.Event()
 
@@ -57,7 +57,7 @@ async def test_an_unreachable_next_stage_is_logged_once_by_its_node(
     running = asyncio.create_task(successor.run())
     for _ in range(4):
         attempted.clear()
-        successor.target("127.0.0.1", 9)  # cuts the back-off short: another attempt
+        successor.target(RingAddress("127.0.0.1", 9))  # cuts the back-off short: another attempt
         await attempted.wait()
     running.cancel()
     lines = capsys.readouterr().err.splitlines()

@@ -34,7 +34,7 @@ class FailingRunner(StageRunner):
 
         unused: Any = SimpleNamespace(client=None, js=None, node="a")
         buckets: Any = SimpleNamespace(state=SimpleNamespace(put=put), done=None)
-        super().__init__(Assignment(SPEC, STAGE), unused, unused, buckets, unused, unused, unused)
+        super().__init__(Assignment(SPEC, STAGE), unused, unused, buckets, *([unused] * 5))
 
     async def _fetch(self) -> None:
         self.attempts += 1

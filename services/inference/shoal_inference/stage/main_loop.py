@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from shoal_common.errors import BadInput, ErrorBody, InternalError
+from shoal_common.identity.tls import client_context, server_context
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages.generation import TokenEvent
 from shoal_common.redaction import remember_secret
@@ -32,6 +33,7 @@ from shoal_inference.stage.requests.follower import FollowerDriver
 from shoal_inference.stage.requests.lease_lock import hold
 from shoal_inference.stage.requests.pipeline import StagePipeline
 from shoal_inference.stage.requests.rank0 import Rank0Driver
+from shoal_inference.stage.ring.connection import RingAddress
 from shoal_inference.stage.ring.frames import MAX_PAYLOAD_BYTES
 from shoal_inference.stage.ring.handshake import RingPlace
 from shoal_inference.stage.ring.ring import Predecessor, Successor
@@ -114,9 +116,10 @@ def _check(start: Start) -> None:
     limits = (start.step_timeout_s, start.frame_timeout_s, start.prefill_chunk_tokens, start.max_requests)
     if not 0 <= start.rank < start.stages or not 0 <= start.epoch < 2**63 or min(limits) <= 0:
         raise BadControl(f"invalid Start: rank {start.rank} of {start.stages}, epoch {start.epoch}, {limits}")
-    remember_secret(start.secret.decode(errors="replace"))
-    if start.stages > 1 and not start.secret:
-        raise BadControl("Start has no secret: a ring of several stages needs one")
+    for secret in (start.successor_secret, start.predecessor_secret):
+        remember_secret(secret.decode(errors="replace"))
+        if start.stages > 1 and not secret:
+            raise BadControl("Start lacks a secret: a ring of several stages needs one for each neighbour")
 
 
 def _join_ring(core: StagePipeline, lead: Rank0Driver | None, group: asyncio.TaskGroup) -> None:
@@ -130,7 +133,8 @@ def _join_ring(core: StagePipeline, lead: Rank0Driver | None, group: asyncio.Tas
         epoch=start.epoch,
         rank=start.rank,
         stages=start.stages,
-        secret=start.secret,
+        successor_secret=start.successor_secret,
+        predecessor_secret=start.predecessor_secret,
     )
     follow = FollowerDriver(core)
     core.successor = Successor(
@@ -140,6 +144,7 @@ def _join_ring(core: StagePipeline, lead: Rank0Driver | None, group: asyncio.Tas
         core.link_up,
         lambda error: core.link_down(place.successor, error),
         start.node_of(place.successor),
+        client_context(start.tls.authority) if start.tls else None,
     )
     core.predecessor = Predecessor(
         place,
@@ -149,6 +154,7 @@ def _join_ring(core: StagePipeline, lead: Rank0Driver | None, group: asyncio.Tas
         core.link_up,
         lambda error: core.link_down(place.predecessor, error),
         follow.on_frame if lead is None else lead.on_frame,
+        server_context(start.tls) if start.tls and start.is_encrypted else None,
     )
     try:
         listener = core.predecessor.listen(start.bind_host)
@@ -187,8 +193,8 @@ async def _obey(message: object, core: StagePipeline, lead: Rank0Driver | None) 
             core.emit(RequestEvent(event=TokenEvent(request=message.generate.request, error=error.body())))
         case Cancel() if lead is not None:
             lead.cancel(message.request)
-        case SetSuccessor(host=host, port=port) if core.successor is not None:
-            core.successor.target(host, port)
+        case SetSuccessor() if core.successor is not None:
+            core.successor.target(RingAddress(message.host, message.port, message.server_hostname))
         case GetStats():
             core.emit(await _stats(core))
         case Stop():

@@ -26,6 +26,14 @@ class _IpcMessage(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", t
 # parent → child
 
 
+class StageTls(msgspec.Struct, frozen=True, kw_only=True):
+    """What TLS needs of the node's identity: the authority's certificate (PEM, base64 in JSON), and files."""
+
+    authority: bytes
+    certificate_file: str
+    key_file: str
+
+
 class Start(_IpcMessage, frozen=True, kw_only=True):
     """Who this stage is, what it loads and its limits. The first line; never repeated."""
 
@@ -47,8 +55,14 @@ class Start(_IpcMessage, frozen=True, kw_only=True):
     context_tokens: int = 0
     """Prompt and answer together; 0 means the model's max_position_embeddings."""
     bind_host: str = "127.0.0.1"
-    secret: bytes = b""
-    """Shared by the ring's stages, base64 in JSON. Proves membership at connect; frames are not encrypted."""
+    successor_secret: bytes = b""
+    """Shared with the next stage, base64 in JSON. Proves at connect who both are."""
+    predecessor_secret: bytes = b""
+    """The same with the stage before."""
+    tls: StageTls | None = None
+    """For connecting; None outside a cluster."""
+    is_encrypted: bool = False
+    """Whether the own port speaks TLS. It does beyond loopback."""
     step_timeout_s: float = 60.0
     """Longest silence of the ring towards a request, and longest single forward pass."""
     encode_cpu_s: float = 10.0
@@ -72,6 +86,8 @@ class SetSuccessor(_IpcMessage, frozen=True, kw_only=True):
 
     host: str
     port: int
+    server_hostname: str = ""
+    """The name that its certificate must have; "" if the port does not speak TLS."""
 
 
 class StartRequest(_IpcMessage, frozen=True, kw_only=True):

@@ -1,4 +1,4 @@
-"""One TCP connection between neighbours: socket options, the handshake, frames, and a deadline on each.
+"""One connection between neighbours: socket options, TLS, the handshake, frames, and a deadline on each.
 
 Foreign exceptions (OSError, IncompleteReadError, TimeoutError) become LinkError here and nowhere else.
 """
@@ -8,9 +8,13 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import ssl
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from time import monotonic
+
+import msgspec
 
 from shoal_inference.stage.errors import BadFrame, LinkClosed, LinkError
 from shoal_inference.stage.ring import handshake
@@ -24,6 +28,14 @@ HANDSHAKE_TIMEOUT_S = 3.0
 KEEPALIVE_IDLE_S = 15
 KEEPALIVE_INTERVAL_S = 5
 KEEPALIVE_PROBES = 3
+
+
+class RingAddress(msgspec.Struct, frozen=True):
+    """Where a stage listens, and the name that its certificate has there; "" where it speaks no TLS."""
+
+    host: str
+    port: int
+    server_hostname: str = ""
 
 
 def tune(sock: socket.socket) -> None:
@@ -123,25 +135,37 @@ class Connection:
         self._writer.transport.abort()
 
 
-async def _open(sock: socket.socket) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+async def _open(sock: socket.socket, tls: ssl.SSLContext | None) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    loop = asyncio.get_running_loop()
+    reader = asyncio.StreamReader(limit=READ_BUFFER_BYTES)
+    protocol = asyncio.StreamReaderProtocol(reader)
     try:
         tune(sock)
-        return await asyncio.open_connection(sock=sock, limit=READ_BUFFER_BYTES)
-    except OSError:
+        transport, _ = await loop.connect_accepted_socket(lambda: protocol, sock, ssl=tls)
+    except BaseException:
         sock.close()
         raise
+    return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
 
 
 async def accept(
-    sock: socket.socket, place: handshake.RingPlace, ring: bytes, timeout_s: float, max_payload_bytes: int
+    sock: socket.socket,
+    place: handshake.RingPlace,
+    ring: bytes,
+    timeout_s: float,
+    max_payload_bytes: int,
+    tls: ssl.SSLContext | None = None,
 ) -> Connection:
     """The acceptor's half of the handshake on a connected socket; closes it and raises LinkError if it fails.
 
-    `timeout_s` is the deadline of frames; the handshake's is HANDSHAKE_TIMEOUT_S if that is shorter.
+    `timeout_s` is the deadline of frames; that of the handshake, TLS included, is HANDSHAKE_TIMEOUT_S if that is
+    shorter.
     """
-    reader, writer = await _open(sock)
+    began_s, deadline_s = monotonic(), min(timeout_s, HANDSHAKE_TIMEOUT_S)
+    async with _mapped("shaking hands", deadline_s):
+        reader, writer = await _open(sock, tls)
     try:
-        async with _mapped("shaking hands", min(timeout_s, HANDSHAKE_TIMEOUT_S)):
+        async with _mapped("shaking hands", max(deadline_s - (monotonic() - began_s), 0)):
             nonce = os.urandom(handshake.NONCE_BYTES)
             writer.write(handshake.challenge(nonce))
             size = int.from_bytes(await reader.readexactly(2), "little")
@@ -156,10 +180,24 @@ async def accept(
     return Connection(reader, writer, ring=ring, frame_timeout_s=timeout_s, max_payload_bytes=max_payload_bytes)
 
 
-async def connect(host: str, port: int, place: handshake.RingPlace, ring: bytes, timeout_s: float) -> Connection:
+async def connect(
+    address: RingAddress,
+    place: handshake.RingPlace,
+    ring: bytes,
+    timeout_s: float,
+    tls: ssl.SSLContext | None = None,
+) -> Connection:
     """Connect to the next stage and prove membership, both ways; raises LinkError."""
-    async with _mapped(f"connecting to {host}:{port}", timeout_s):
-        reader, writer = await asyncio.open_connection(host, port, limit=READ_BUFFER_BYTES)
+    if address.server_hostname and tls is None:
+        raise LinkClosed("the next stage speaks TLS, and this node has no identity")
+    async with _mapped(f"connecting to {address.host}:{address.port}", timeout_s):
+        reader, writer = await asyncio.open_connection(
+            address.host,
+            address.port,
+            limit=READ_BUFFER_BYTES,
+            ssl=tls if address.server_hostname else None,
+            server_hostname=address.server_hostname or None,
+        )
     try:
         sock: socket.socket = writer.get_extra_info("socket")
         async with _mapped("shaking hands", timeout_s):

@@ -1,4 +1,4 @@
-"""How two neighbours prove to each other that they belong to the same ring. Pure bytes; docs/wire-activations.md.
+"""How two neighbours prove to each other that they are that, in the same ring. Pure bytes; docs/wire-activations.md.
 
 Both prove: the connector, that it is the predecessor; the acceptor, that it is no impostor on a reused port, before
 a hidden state is sent to it. Nonces are fresh on both sides, so neither proof can be replayed.
@@ -22,13 +22,14 @@ MAX_HELLO_BYTES = 4096
 
 
 class RingPlace(msgspec.Struct, frozen=True, kw_only=True):
-    """One stage's place: the ring's name and secret, and its own rank."""
+    """One stage's place: the ring's name, its own rank, and the secret that it shares with each neighbour."""
 
     instance: str
     epoch: int
     rank: int
     stages: int
-    secret: bytes
+    successor_secret: bytes
+    predecessor_secret: bytes
 
     @property
     def successor(self) -> int:
@@ -53,9 +54,10 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def _proof(place: RingPlace, label: bytes, nonces: bytes, sender: int, receiver: int) -> bytes:
+    secret = place.successor_secret if sender == place.rank else place.predecessor_secret
     instance = place.instance.encode()
     numbers = b"".join(n.to_bytes(8, "little") for n in (len(instance), place.epoch, sender, receiver))
-    return hmac.digest(place.secret, label + nonces + numbers + instance, hashlib.sha256)
+    return hmac.digest(secret, label + nonces + numbers + instance, hashlib.sha256)
 
 
 def challenge(nonce: bytes) -> bytes:
@@ -105,7 +107,7 @@ def check_hello(place: RingPlace, acceptor_nonce: bytes, body: bytes) -> bytes:
             raise HandshakeRefused(f"its {name} is {str(theirs)[:80]!r}, expected {ours!r}")
     expected = _proof(place, b"connect", acceptor_nonce + said.nonce, place.predecessor, place.rank)
     if len(said.nonce) != NONCE_BYTES or not hmac.compare_digest(expected, said.proof):
-        raise HandshakeRefused("its proof does not match: it does not hold this instance's secret")
+        raise HandshakeRefused("its proof does not match: it is not this stage's predecessor")
     return said.nonce
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
@@ -15,7 +16,7 @@ from shoal_common.concurrency.notifier import Notifier
 from shoal_common.logs import StructuredLogger
 from shoal_inference.stage.errors import LinkClosed, LinkError
 from shoal_inference.stage.ring import connection
-from shoal_inference.stage.ring.connection import Connection
+from shoal_inference.stage.ring.connection import Connection, RingAddress
 from shoal_inference.stage.ring.frames import Frame
 from shoal_inference.stage.ring.handshake import RingPlace
 
@@ -39,16 +40,17 @@ class Successor:
         up: Callable[[], None],
         down: Callable[[LinkError], None],
         node: str = "-",
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self._place = place
         self._ring = ring
         self._timeout_s = timeout_s
-        self._node = node
+        self._node, self._tls = node, tls
         self._up = up
         self._down = down
-        self._address: tuple[str, int] | None = None
+        self._address: RingAddress | None = None
         self._changed = Notifier()
-        self._logged_unreachable: tuple[str, int] | None = None
+        self._logged_unreachable: RingAddress | None = None
         self._live: Connection | None = None
 
     @property
@@ -56,11 +58,11 @@ class Successor:
         """Whether frames can be sent now."""
         return self._live is not None
 
-    def target(self, host: str, port: int) -> None:
+    def target(self, address: RingAddress) -> None:
         """Connect there from now on. The address it has already only cuts a back-off short."""
-        if self._live is not None and self._address != (host, port):
-            self._live.break_off(LinkClosed(f"the next stage moved to {host}:{port}"))
-        self._address = (host, port)
+        if self._live is not None and self._address != address:
+            self._live.break_off(LinkClosed(f"the next stage moved to {address.host}:{address.port}"))
+        self._address = address
         self._changed.notify()
 
     def post(self, frame: Frame) -> None:
@@ -79,15 +81,15 @@ class Successor:
             if self._address is None:
                 await self._changed.wait_after(seen)
                 continue
-            host, port = self._address
+            address = self._address
             try:
-                live = await connection.connect(host, port, self._place, self._ring, self._timeout_s)
+                live = await connection.connect(address, self._place, self._ring, self._timeout_s, self._tls)
             except LinkError as error:
                 failures += 1
-                self._log_unreachable((host, port), error)
+                self._log_unreachable(address, error)
                 await self._pause(_RECONNECT_BACKOFF.delay_s(failures), seen)
                 continue
-            if self._address != (host, port):
+            if self._address != address:
                 live.break_off(LinkClosed("the next stage moved"))
                 continue
             failures = 0
@@ -100,7 +102,7 @@ class Successor:
             self._down(reason)
             await self._pause(_RECONNECT_BACKOFF.first_s, seen)
 
-    def _log_unreachable(self, address: tuple[str, int], error: LinkError) -> None:
+    def _log_unreachable(self, address: RingAddress, error: LinkError) -> None:
         """Log once for each address: the attempts go on for ever, and a dead neighbour must not fill the log."""
         if self._logged_unreachable != address:
             self._logged_unreachable = address
@@ -139,6 +141,7 @@ class Predecessor:
         up: Callable[[], None],
         down: Callable[[LinkError], None],
         on_frame: Callable[[Frame], Awaitable[None]],
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self._place = place
         self._ring = ring
@@ -146,7 +149,7 @@ class Predecessor:
         self._max_payload_bytes = max_payload_bytes
         self._up = up
         self._down = down
-        self._on_frame = on_frame
+        self._on_frame, self._tls = on_frame, tls
         self._live: Connection | None = None
         self._handshakes: dict[asyncio.Task[None], str] = {}
         """The address of each unauthenticated connection, the oldest first."""
@@ -195,7 +198,9 @@ class Predecessor:
         task = asyncio.current_task()
         assert task is not None
         try:
-            fresh = await connection.accept(sock, self._place, self._ring, self._timeout_s, self._max_payload_bytes)
+            fresh = await connection.accept(
+                sock, self._place, self._ring, self._timeout_s, self._max_payload_bytes, self._tls
+            )
         except (LinkError, OSError) as error:
             self._refuse(peer, str(error))
             return
