@@ -242,7 +242,9 @@ async def _peers_and_clocks(
         return [_skipped(peers.CHECK, seen), _skipped(clocks.CHECK, seen)]
     try:
         os_info = await system
-        reached, offsets = await _gather(_PEERS_DEADLINE_S, lambda: peers_probe.probe(seen.samples, "", os_info))
+        reached, offsets = await _gather(
+            _PEERS_DEADLINE_S, lambda: peers_probe.probe(seen.samples, local, seen.certificates, os_info)
+        )
     except _ProbeFailed as e:
         return [_probe_failed(peers.CHECK, e), _skipped(clocks.CHECK, seen)]
     against_nats = clocks.against_nats(local.node or "here", seen.clock, offsets, started_ahead(seen.samples))

@@ -35,6 +35,7 @@ from shoal_common.identity.node_identity import CLI, NodeIdentity
 from shoal_common.identity.tls import unverified_context
 from shoal_common.messages import DECODE_ERRORS, decode
 from shoal_common.messages.liveness import LivenessRecord
+from shoal_common.messages.membership import Member
 from shoal_common.messages.storage import StorageState
 from shoal_common.units import parse_bytes
 
@@ -64,6 +65,8 @@ class ClusterProbe(msgspec.Struct, frozen=True, kw_only=True):
     """Ours against that of NATS."""
     samples: dict[tuple[str, str], LivenessSample] = {}
     """By node and service."""
+    certificates: dict[str, str] = {}
+    """Of the cluster's members, by node."""
     storage: StorageState | None = None
 
 
@@ -171,6 +174,7 @@ async def _ask(client: Client, facts: NatsFacts, node: str, run_directory: Path)
         facts=facts,
         clock=min(clocks, key=lambda c: c.error_s, default=None),
         samples=await _samples(client) if "KV_live" in existing else {},
+        certificates=await _certificates(client) if "KV_spec" in existing else {},
         storage=await _storage(client, node) if node and "KV_state" in existing else None,
     )
 
@@ -221,6 +225,17 @@ async def _samples(client: Client) -> dict[tuple[str, str], LivenessSample]:
                         decode(entry.value or b"", LivenessRecord), created.timestamp()
                     )
     return samples
+
+
+async def _certificates(client: Client) -> dict[str, str]:
+    certificates: dict[str, str] = {}
+    with suppress(ShoalError, NatsError, TimeoutError):
+        async with asyncio.timeout(_ANSWER_TIMEOUT_S):
+            bucket = Buckets(client.jetstream(timeout=_ANSWER_TIMEOUT_S)).spec
+            for key in await bucket.keys("member.*"):
+                if member := await bucket.get_as(key, Member):
+                    certificates[member.node] = member.certificate
+    return certificates
 
 
 async def _storage(client: Client, node: str) -> StorageState | None:

@@ -9,15 +9,25 @@ from contextlib import suppress
 from email.utils import parsedate_to_datetime
 
 import httpx2
+import msgspec
 
 from shoal_cli.doctor.checks.clocks import ClockOffset
 from shoal_cli.doctor.checks.peers import AddressReach, FileserverReach
 from shoal_cli.doctor.checks.reachability import OsInfo
+from shoal_cli.doctor.probes.local_node import LocalNode
 from shoal_cli.doctor.probes.nats import LivenessSample
 from shoal_cli.doctor.probes.tcp_connect import classify_connect_error, connect
+from shoal_common.bus import cluster_clock
+from shoal_common.errors import Denied
 from shoal_common.host.addresses import reachable_addresses
-from shoal_common.host.credentials import bearer
 from shoal_common.host.process_identity import network_id
+from shoal_common.identity.node_identity import load_identity
+from shoal_common.identity.peer_links import PeerLinks
+from shoal_common.identity.peer_secrets import PeerSecrets
+from shoal_common.identity.peer_tokens import HEALTH_NAME, PeerTokens
+from shoal_common.messages.liveness import NodeAddress
+from shoal_common.settings.node import EncryptionSettings
+from shoal_common.settings.values import read_valid_settings
 
 _CONNECT_TIMEOUT_S = 3.0
 _ANSWER_TIMEOUT_S = 3.0
@@ -29,22 +39,43 @@ _DATE_ERROR_S = 1.5
 """An HTTP date is a whole second, and the server makes it once a second."""
 
 
+class _Access(msgspec.Struct, frozen=True):
+    """How this node speaks to others."""
+
+    tokens: PeerTokens
+    links: PeerLinks
+
+
+def _access(local: LocalNode, certificates: Mapping[str, str]) -> _Access:
+    identity = load_identity(local.home, local.node) if local.node else None
+    settings, _ = read_valid_settings(EncryptionSettings, local.settings, local.environ)
+    secrets = PeerSecrets(identity, certificates.get)
+    return _Access(PeerTokens(local.node, secrets), PeerLinks(identity, not settings.encrypt_weights))
+
+
 async def probe(
-    samples: Mapping[tuple[str, str], LivenessSample], secret: str, system: OsInfo
+    samples: Mapping[tuple[str, str], LivenessSample],
+    local: LocalNode,
+    certificates: Mapping[str, str],
+    system: OsInfo,
 ) -> tuple[list[FileserverReach], dict[str, ClockOffset]]:
-    """Return how each fileserver is reached from here, and its clock against ours by node."""
+    """Return how each fileserver is reached from here, and its clock against ours by node.
+
+    `certificates` are those of the cluster's members.
+    """
+    access = await asyncio.to_thread(_access, local, certificates)
     found = sorted((n, s) for (n, service), s in samples.items() if service == "fileserver")[:MAX_PEERS]
     semaphore = asyncio.Semaphore(_MAX_CONCURRENT)
-    probed = await asyncio.gather(*(_probe_node(node, sample, secret, system, semaphore) for node, sample in found))
+    probed = await asyncio.gather(*(_probe_node(node, sample, access, system, semaphore) for node, sample in found))
     return [reach for reach, _ in probed], {reach.node: offset for reach, offset in probed if offset is not None}
 
 
 async def _probe_node(
-    node: str, sample: LivenessSample, secret: str, system: OsInfo, semaphore: asyncio.Semaphore
+    node: str, sample: LivenessSample, access: _Access, system: OsInfo, semaphore: asyncio.Semaphore
 ) -> tuple[FileserverReach, ClockOffset | None]:
     live, network = sample.live, network_id()
-    addresses = [link.address for link in reachable_addresses(live, network, system.interfaces)][:MAX_ADDRESSES]
-    probed = await asyncio.gather(*(_probe_address(address, node, secret, semaphore) for address in addresses))
+    links = reachable_addresses(live, network, system.interfaces)[:MAX_ADDRESSES]
+    probed = await asyncio.gather(*(_probe_link(link, node, access, semaphore) for link in links))
     published = list(dict.fromkeys([*live.facts.addresses, *(link.address for link in live.facts.links)]))
     is_remote = live.holder.network_namespace != network
     reach = FileserverReach(node=node, published=published, tried=[a for a, _ in probed], is_remote=is_remote)
@@ -52,9 +83,13 @@ async def _probe_node(
     return reach, min(offsets, key=lambda o: o.error_s, default=None)
 
 
-async def _probe_address(
-    address: str, node: str, secret: str, semaphore: asyncio.Semaphore
+async def _probe_link(
+    link: NodeAddress, node: str, access: _Access, semaphore: asyncio.Semaphore
 ) -> tuple[AddressReach, ClockOffset | None]:
+    address = link.address
+    if not access.links.is_usable(link):
+        reason = "this node has no identity" if link.tls else "it does not encrypt, and encrypt_weights is true here"
+        return AddressReach(address=address, error="broken", reason=reason), None
     async with semaphore:
         host, _, port = address.rpartition(":")
         try:
@@ -64,10 +99,15 @@ async def _probe_address(
             error, reason = classify_connect_error(e)
             return AddressReach(address=address, error=error, reason=reason), None
         netloc = f"[{resolved}]:{port}" if ":" in resolved else f"{resolved}:{port}"
+        tls, headers = access.links.tls(node, link), dict[str, str]()
+        with suppress(Denied):  # no member: it will say so itself
+            headers = access.tokens.token(node, HEALTH_NAME, cluster_clock.now_s())
         try:
-            async with httpx2.AsyncClient(trust_env=False, timeout=_ANSWER_TIMEOUT_S) as http:
+            context, extensions = (tls[0], {"sni_hostname": tls[1]}) if tls else (True, {})
+            async with httpx2.AsyncClient(verify=context, trust_env=False, timeout=_ANSWER_TIMEOUT_S) as http:
                 began_s = time.time()
-                response = await http.get(f"http://{netloc}/health", headers=bearer(secret, "blobs"))
+                url = f"http{'s' if tls else ''}://{netloc}/health"
+                response = await http.get(url, headers=headers, extensions=extensions)
                 ended_s = time.time()
         except httpx2.TimeoutException:
             return AddressReach(address=address, error="no_reply"), None
