@@ -46,6 +46,7 @@ from shoal_common.store.bitmap import LEAF_BYTES  # noqa: E402
 from shoal_demo.hub_server import running_hub  # noqa: E402
 from simulated_nodes import Link  # noqa: E402
 from swarm_simulator import Simulation  # noqa: E402
+from tests.harness.identities import Authority  # noqa: E402
 from tests.harness.nats import NatsServer, joined  # noqa: E402
 from tests.harness.node import Node, running_nodes  # noqa: E402
 from warm_memory import memory_directory, touched  # noqa: E402
@@ -59,7 +60,6 @@ RATE = 25e6
 SOURCE = "source"
 RECEIVERS = [f"n{number}" for number in range(8)]
 SERVICES = ("storage", "fetcher", "fileserver")
-SECRET = "the-nodes-of-a-bench"
 REPO = "bench/model"
 TORRENT_PORT = 6881
 PULL_DEADLINE_S = 600.0
@@ -121,7 +121,8 @@ def running_cluster(directory: Path, links: Links) -> Iterator[Cluster]:
             f.write(os.urandom(LEAF_BYTES))
     with ExitStack() as stack:
         hub = stack.enter_context(running_hub(directory / "hub", host=links.here, process=True))
-        server = stack.enter_context(NatsServer(directory / "nats", links.here))
+        authority = Authority(directory)
+        server = stack.enter_context(NatsServer(directory / "nats", links.here, authority=authority))
         nodes = [
             Node(
                 directory / name,
@@ -129,18 +130,19 @@ def running_cluster(directory: Path, links: Links) -> Iterator[Cluster]:
                 server.url,
                 SERVICES,
                 SHOAL_BIND=links.address(name),
-                SHOAL_SECRET=SECRET,
                 HF_ENDPOINT=hub.base_url,
             )
             for name in links.nodes
         ]
         for node in nodes:
+            authority.node(node.id)
             for service in node.services.values():
                 service.within = links.within(node.id)
         stack.enter_context(running_nodes(*nodes))
 
         async def all_ready() -> None:
             async with joined(server) as here:
+                await authority.publish(here.buckets)
                 for node in nodes:
                     await node.ready(here)
 

@@ -29,6 +29,7 @@ from shoal_storage.store.partials import PartialMeta
 from tests.cluster.chaos_checks import SETTLED_DEADLINE_S
 from tests.cluster.chaos_site import SERVICES, World
 from tests.fetcher.pull_site import Pulls
+from tests.harness.nats import joined
 from tests.harness.node import Node
 from tests.harness.tiny_filesystem import FILLER, fill_up
 from tests.harness.waiting import eventually
@@ -179,6 +180,8 @@ class Chaos:
         """Start NATS again with an empty store."""
         self.did.append(f"{number}: wipe NATS")
         await asyncio.to_thread(self.site.server.wipe)
+        async with joined(self.site.server) as here:
+            await self.world.authority.publish(here.buckets)
 
     async def remove(self, number: int) -> None:
         """Remove a blob by hand."""

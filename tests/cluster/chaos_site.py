@@ -17,6 +17,7 @@ import msgspec
 from shoal_demo.hub_server import RunningHub, running_hub
 from tests.fetcher.pull_site import Site
 from tests.harness.fake_wall_clock import WrongClock
+from tests.harness.identities import Authority
 from tests.harness.nats import NatsServer
 from tests.harness.networks import Switch, machines, no_networks, port_forward, relayed
 from tests.harness.node import Node, running_nodes
@@ -27,7 +28,6 @@ SERVICES = ("storage", "fetcher", "fileserver", "placement")
 DISK_BYTES = 48 << 20
 HEADROOM_BYTES = 1 << 20
 _NATS_PORT = 4222
-_SECRET = "a secret for tests only"
 
 
 class ReachedServer(NatsServer):
@@ -45,6 +45,7 @@ class World(msgspec.Struct):
     """What faults can hit. `switch` is None and `disks` empty if it has no network or disks of its own."""
 
     site: Site
+    authority: Authority
     clocks: dict[str, WrongClock]
     switch: Switch | None
     disks: dict[str, Path]
@@ -58,12 +59,14 @@ def running_world(home: Path, harms: set[str]) -> Iterator[World]:
     with ExitStack() as stack:
         hub = stack.enter_context(running_hub(hub_root, process=True))
         networked = "network" in harms and _can("network", no_networks())
-        server, switch, within, url = (_networked if networked else _on_loopback)(stack, home, hub)
+        authority = Authority(home)
+        server, switch, within, url = (_networked if networked else _on_loopback)(stack, home, hub, authority)
         usual = {"HF_ENDPOINT": hub.base_url, "SHOAL_HEADROOM_BYTES": str(HEADROOM_BYTES)}
         if networked:
-            usual |= {"SHOAL_BIND": "0.0.0.0", "SHOAL_SECRET": _SECRET}  # in a namespace
+            usual |= {"SHOAL_BIND": "0.0.0.0"}  # in a namespace
         nodes = {name: Node(home / name, name, url, SERVICES, **usual) for name in NODES}
         for name, node in nodes.items():
+            authority.node(name)
             for service in node.services.values():
                 service.within = within.get(name, ())
         disks = {}
@@ -72,7 +75,7 @@ def running_world(home: Path, harms: set[str]) -> Iterator[World]:
                 disks[name] = stack.enter_context(small_disk(node.layout.root, DISK_BYTES))
         clocks = {name: WrongClock(node) for name, node in nodes.items()}
         stack.enter_context(running_nodes(*nodes.values()))
-        yield World(Site(server, hub, hub_root, nodes, repo="org/chaos"), clocks, switch, disks)
+        yield World(Site(server, hub, hub_root, nodes, repo="org/chaos"), authority, clocks, switch, disks)
 
 
 def _can(harm: str, reason: str) -> bool:
@@ -85,12 +88,12 @@ Network = tuple[NatsServer, Switch | None, dict[str, tuple[str, ...]], str]
 """NATS, the switch, the command prefix for each node's namespace, and NATS's address inside."""
 
 
-def _on_loopback(stack: ExitStack, home: Path, _: RunningHub) -> Network:
-    server = stack.enter_context(NatsServer(home / "nats"))
+def _on_loopback(stack: ExitStack, home: Path, _: RunningHub, authority: Authority) -> Network:
+    server = stack.enter_context(NatsServer(home / "nats", authority=authority))
     return server, None, {}, server.url
 
 
-def _networked(stack: ExitStack, home: Path, hub: RunningHub) -> Network:
+def _networked(stack: ExitStack, home: Path, hub: RunningHub, authority: Authority) -> Network:
     names = (*NODES, "nats")
     bridge, *others = stack.enter_context(machines("bridge", *names))
     switch = Switch(bridge, dict(zip(names, others, strict=True)))
@@ -98,7 +101,7 @@ def _networked(stack: ExitStack, home: Path, hub: RunningHub) -> Network:
     for machine in others:
         stack.enter_context(relayed(machine, hub_port))
     address = switch.addresses["nats"]
-    server = ReachedServer(home / "nats", address, _NATS_PORT, others[-1].within)
+    server = ReachedServer(home / "nats", address, _NATS_PORT, others[-1].within, authority=authority)
     server.outside_url = f"nats://127.0.0.1:{stack.enter_context(port_forward(others[-1], address, _NATS_PORT))}"
     stack.enter_context(server)
     return server, switch, {n: m.within for n, m in zip(names, others, strict=True)}, f"nats://{address}:{_NATS_PORT}"

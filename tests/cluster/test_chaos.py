@@ -33,6 +33,7 @@ async def test_I1_I2_I3_I5_I7_I8_chaos_leaves_a_healthy_cluster(tmp_path: Path, 
             for model in models
         }
         async with site.join() as here:
+            await world.authority.publish(here.buckets)
             for node in site.nodes.values():
                 await node.ready(here.here)
             consumers = (await here.here.js.stream_info("CMD")).state.consumer_count

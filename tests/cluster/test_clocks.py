@@ -13,25 +13,32 @@ from shoal_demo.hub_server import running_hub
 from tests.fetcher.hub_repos import noise
 from tests.fetcher.pull_site import Pulls, Site
 from tests.harness.fake_wall_clock import WrongClock
+from tests.harness.identities import Authority
 from tests.harness.nats import NatsServer
 from tests.harness.node import Node, running_nodes
 from tests.harness.waiting import eventually
 
 HOUR_S = 3600.0
-SECRET = "a secret for tests only"
 FILES = {"model.safetensors": noise(3 << 20, "wrong clocks"), "config.json": b"{}"}
 DEADLINE_S = 45.0
 
 
 @asynccontextmanager
 async def nodes_with(
-    server: NatsServer, home: Path, ahead_s: dict[str, float], services: tuple[str, ...], **environment: str
+    server: NatsServer,
+    authority: Authority,
+    home: Path,
+    ahead_s: dict[str, float],
+    services: tuple[str, ...],
+    **environment: str,
 ) -> AsyncIterator[tuple[Pulls, dict[str, WrongClock]]]:
     """Run nodes with these clocks."""
     (home / "models").mkdir()
     with running_hub(home / "models", process=True) as hub:
-        usual = {"HF_ENDPOINT": hub.base_url, "SHOAL_SECRET": SECRET, **environment}
+        usual = {"HF_ENDPOINT": hub.base_url, **environment}
         nodes = {name: Node(home / name, name, server.url, services, **usual) for name in ahead_s}
+        for name, node in nodes.items():
+            authority.node(name, node.home)
         clocks = {name: WrongClock(node) for name, node in nodes.items()}
         for name, off_s in ahead_s.items():
             clocks[name].set(off_s)
@@ -39,6 +46,7 @@ async def nodes_with(
         site.make(FILES)
         with running_nodes(*nodes.values()):
             async with site.join() as here:
+                await authority.publish(here.buckets)
                 try:
                     for node in nodes.values():
                         await node.ready(here.here)
@@ -48,9 +56,14 @@ async def nodes_with(
                     raise
 
 
-async def test_nodes_with_clocks_half_a_day_apart_work_together(own_nats: NatsServer, tmp_path: Path) -> None:
+async def test_nodes_with_clocks_half_a_day_apart_work_together(
+    own_members_nats: NatsServer, authority: Authority, tmp_path: Path
+) -> None:
     apart = {"a": 5 * HOUR_S, "b": -7 * HOUR_S}
-    async with nodes_with(own_nats, tmp_path, apart, ("storage", "fetcher", "fileserver")) as (here, clocks):
+    async with nodes_with(own_members_nats, authority, tmp_path, apart, ("storage", "fetcher", "fileserver")) as (
+        here,
+        clocks,
+    ):
         await here.pull_ok("a")
         here.site.hub.reset_stats()
         await here.pull_ok("b")
@@ -67,9 +80,11 @@ async def test_nodes_with_clocks_half_a_day_apart_work_together(own_nats: NatsSe
         assert here.site.hub_bytes() == 0
 
 
-async def test_a_leader_whose_clock_is_set_retires_nobody_for_it(own_nats: NatsServer, tmp_path: Path) -> None:
+async def test_a_leader_whose_clock_is_set_retires_nobody_for_it(
+    own_members_nats: NatsServer, authority: Authority, tmp_path: Path
+) -> None:
     """A clock that jumps by a day does not make a node a day older."""
-    leading = nodes_with(own_nats, tmp_path, {"a": 0.0}, ("placement",), SHOAL_RETIRE_AFTER="24h")
+    leading = nodes_with(own_members_nats, authority, tmp_path, {"a": 0.0}, ("placement",), SHOAL_RETIRE_AFTER="24h")
     async with leading as (here, clocks):
         state = here.buckets.state
 
