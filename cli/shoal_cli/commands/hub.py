@@ -46,6 +46,9 @@ def hub(
     status = cli.gateway.get("/v1/status", StatusView)
     name = check_node(node) if node else status.node
     settings, key = {"HF_ENDPOINT": hub_endpoint(status, name)}, _key_of(name, cli)
+    authority = cli.home.root / "identity" / "ca.crt"
+    if settings["HF_ENDPOINT"].startswith("https:") and authority.exists():
+        settings["SSL_CERT_FILE"] = str(authority)
     if key:
         settings["HF_TOKEN"] = key
     else:
@@ -69,7 +72,7 @@ def hub_endpoint(status: StatusView, name: str) -> str:
     service = view.services.get("fileserver")
     if service is None or not service.addresses:
         raise Unavailable(f"the fileserver of node {name} is not running: see `shoal status`")
-    return f"http://{service.addresses[0]}"
+    return f"{'https' if service.tls else 'http'}://{service.addresses[0]}"
 
 
 def _key_of(name: str, cli: CliContext) -> str:

@@ -89,8 +89,9 @@ def server_config(
     return http_config(
         _application(blobs, tokens, hub_routes),
         HttpRules(bounds, loopback_only, _respond_to),
-        protocol_of(BulkHttpProtocol, fast_path=fast_path, threads=threads, tls=tls),
+        protocol_of(BulkHttpProtocol, fast_path=fast_path, threads=threads),
         keep_alive_s=_KEEP_ALIVE_S,
+        tls=tls,
     )
 
 

@@ -9,8 +9,6 @@ MAX_REFUSED_CONNECTIONS = 64
 """Further connections that get a 503; beyond them, new ones are closed without a response."""
 MAX_BACKLOG = 128
 """Connections that the event loop accepts at once, before any bound is applied."""
-MAX_HANDSHAKES = 128
-"""Connections whose TLS handshake has not ended; the oldest makes room."""
 _OWN_FILES = 64
 """Files that the process has open whoever connects."""
 _SHARE = 8
@@ -28,20 +26,16 @@ class HttpBounds(msgspec.Struct, frozen=True, kw_only=True):
     max_refused: int = MAX_REFUSED_CONNECTIONS
     backlog: int = MAX_BACKLOG
     files_per_connection: int = 1
-    max_handshakes: int = 0
-    """Of TLS, at the same time."""
 
 
 def fit_to_files(bounds: HttpBounds, max_files: int) -> HttpBounds:
     """Return bounds within which a process that may open so many files never runs out of them."""
     backlog, refused = min(bounds.backlog, max_files // _SHARE), min(bounds.max_refused, max_files // _SHARE)
-    handshakes = min(bounds.max_handshakes, max_files // _SHARE)
-    connections = max((max_files - _OWN_FILES - backlog - refused - handshakes) // bounds.files_per_connection, 1)
+    connections = max((max_files - _OWN_FILES - backlog - refused) // bounds.files_per_connection, 1)
     return structs.replace(
         bounds,
         max_connections=min(bounds.max_connections, connections),
         max_per_address=min(bounds.max_per_address, connections),
         max_refused=refused,
         backlog=max(backlog, 1),
-        max_handshakes=handshakes,
     )

@@ -9,14 +9,12 @@ import socket
 import ssl
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, cast
+from typing import Any
 
 import uvicorn
-from msgspec import structs
 
 from shoal_common.http.bounded_protocol import BoundedHttpProtocol, HttpRules, protocol_of
-from shoal_common.http.bounds import MAX_HANDSHAKES, fit_to_files
-from shoal_common.http.tls_connection import Handshakes, TlsConnection
+from shoal_common.http.bounds import fit_to_files
 
 _TICK_INTERVAL_S = 1.0
 """Maximum age of the Date header in its responses."""
@@ -31,15 +29,12 @@ def http_config(
     tls: ssl.SSLContext | None = None,
 ) -> uvicorn.Config:
     """Return the configuration of a server of an ASGI application, within the files that this process may open."""
-    if tls is not None:
-        rules.bounds = structs.replace(rules.bounds, max_handshakes=MAX_HANDSHAKES)
     max_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if max_files != resource.RLIM_INFINITY:
         rules.bounds = fit_to_files(rules.bounds, max_files)
-    kind = protocol_of(protocol, rules=rules)
     return uvicorn.Config(
         app,
-        http=kind if tls is None else _with_tls(kind, tls, Handshakes(rules.bounds.max_handshakes)),
+        http=protocol_of(protocol, rules=rules, tls=tls),
         ws="none",
         lifespan="off",
         access_log=False,
@@ -50,15 +45,6 @@ def http_config(
         timeout_keep_alive=keep_alive_s,
         timeout_graceful_shutdown=graceful_shutdown_s,
     )
-
-
-def _with_tls(
-    kind: type[BoundedHttpProtocol], context: ssl.SSLContext, handshakes: Handshakes
-) -> type[asyncio.Protocol]:
-    def connection(**arguments: Any) -> TlsConnection:
-        return TlsConnection(asyncio.get_running_loop(), kind(**arguments), context, handshakes)
-
-    return cast(type[asyncio.Protocol], connection)  # which uvicorn calls, and nothing else
 
 
 class HttpServer(uvicorn.Server):

@@ -21,6 +21,8 @@ class ServiceView(msgspec.Struct, frozen=True, kw_only=True):
     host: str = ""
     uptime_s: float = 0.0
     addresses: list[str] = []
+    tls: bool = False
+    """Whether its port speaks TLS."""
 
 
 class NodeView(msgspec.Struct, frozen=True, kw_only=True):

@@ -87,6 +87,7 @@ def _node_view(snapshot: ClusterSnapshot, node: str, now_s: float, place: LocalN
                 host=live.holder.host.split("/")[0],
                 uptime_s=round(max(0.0, now_s - live.started_at_s), 1),
                 addresses=live.facts.addresses,
+                tls=any(link.tls for link in live.facts.links),
             )
             for name, live in sorted(services.items())
         },
