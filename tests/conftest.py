@@ -7,6 +7,7 @@ import functools
 import inspect
 import itertools
 import signal
+import sys
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,14 @@ def _run_within(deadline_s: float, test: Callable[..., Coroutine[Any, Any, None]
         asyncio.run(asyncio.wait_for(test(**arguments), deadline_s))
 
     return run
+
+
+@pytest.fixture(autouse=True)
+def own_hub_client() -> Iterator[None]:
+    """Give huggingface_hub its own client again: a fetcher in this process has given it another one."""
+    yield
+    if http := sys.modules.get("huggingface_hub.utils._http"):
+        http.set_client_factory(http.default_client_factory)
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ import msgspec
 
 from shoal_common.bus.connection import Nats, connected, login_of
 from shoal_common.bus.kv_bucket import Buckets
-from shoal_common.bus.streams import ensure_streams
+from shoal_common.bus.streams import MARK_KEY, ensure_streams
 from shoal_common.identity.node_identity import CLI
 from tests.harness.identities import Authority
 from tests.harness.ports import ReservedPort
@@ -163,8 +163,10 @@ class Joined:
         return int((await self.js.stream_info(stream)).state.last_seq)
 
     async def key_count(self, bucket: str) -> int:
-        """Return the number of messages in a bucket, markers of deletions included."""
-        return int((await self.js.stream_info(f"KV_{bucket}")).state.messages)
+        """Return the number of messages in a bucket, markers of deletions included, its own mark not."""
+        mark = f"$KV.{bucket}.{MARK_KEY}"
+        state = (await self.js.stream_info(f"KV_{bucket}", subjects_filter=mark)).state
+        return int(state.messages) - len(state.subjects or {})
 
 
 @asynccontextmanager

@@ -36,7 +36,10 @@ def join(
     ] = "",
     home: HomeOption = "",
 ) -> int:
-    """Join the cluster of another machine, with a code of `shoal invite`. Then start this node with `shoal up`."""
+    """Join the cluster of another machine.
+
+    It asks for the code that `shoal invite` printed there. Then start this node with `shoal up`.
+    """
     from shoal_cli.membership.invite_code import parse_code  # noqa: PLC0415
     from shoal_cli.membership.join import join as join_cluster  # noqa: PLC0415
     from shoal_cli.node.node_plan import NATS_PORT  # noqa: PLC0415

@@ -51,7 +51,10 @@ def pull(
     gateway: GatewayOption = "",
     home: HomeOption = "",
 ) -> int:
-    """Download a model to a node, of a gated or private one with your token: HF_TOKEN, or `hf auth login`."""
+    """Download a model to a node.
+
+    A gated or private one comes with your token: HF_TOKEN, or `hf auth login`.
+    """
     from shoal_cli.render.progress_display import progress_display  # noqa: PLC0415
 
     cli = CliContext(ctx)

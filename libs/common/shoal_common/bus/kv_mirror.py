@@ -21,7 +21,7 @@ from nats.js.api import AckPolicy, ConsumerInfo, DeliverPolicy
 
 from shoal_common.bus.connection import Nats
 from shoal_common.bus.kv_bucket import KV_MARKERS
-from shoal_common.bus.streams import retry_while_nats_down
+from shoal_common.bus.streams import MARK_KEY, retry_while_nats_down
 from shoal_common.concurrency.notifier import Notifier
 from shoal_common.errors import BadMessage, Unavailable
 from shoal_common.logs import StructuredLogger
@@ -208,7 +208,8 @@ class MirrorConsumer:
         if self.closed.is_set():
             return
         value = message.data if KV_MARKERS.isdisjoint(headers) else None
-        self._apply(message.subject[self._prefix :], value, meta.sequence.stream)
+        key = message.subject[self._prefix :]
+        self._apply(key, None if key == MARK_KEY else value, meta.sequence.stream)
         if meta.num_pending == 0:
             self._end_snapshot()
 
