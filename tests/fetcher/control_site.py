@@ -18,6 +18,7 @@ from shoal_common.bus.events import EventEmitter
 from shoal_common.bus.keys import download_key
 from shoal_common.bus.kv_bucket import Bucket, Buckets
 from shoal_common.errors import NotFound, Unavailable
+from shoal_common.identity.seals import SealKeeper
 from shoal_common.messages import decode, encode
 from shoal_common.messages.downloads import DownloadCommand, DownloadRequest, DownloadState
 from shoal_common.messages.envelope import Empty
@@ -31,6 +32,7 @@ from shoal_fetcher.downloads.manager import DownloadManager
 from shoal_fetcher.downloads.model_fetch import DownloadContext, LeafListReader
 from shoal_fetcher.downloads.request_store import DownloadRequests
 from shoal_fetcher.hub.client import HubClient, HubSettings
+from shoal_fetcher.hub.listings import HubListings
 from shoal_fetcher.storage_client import StorageClient
 
 T = TypeVar("T")
@@ -229,6 +231,7 @@ async def downloads_of_a_node() -> AsyncIterator[Control]:
         setattr(buckets, name, MemoryBucket(outage))
 
     cluster_view = StillCluster(cast(MemoryBucket, buckets.state))
+    hub = HubClient(HubSettings(offline=True), httpx2.AsyncClient())
     context = DownloadContext(
         node=NODE,
         layout=StorePaths(Path("/nowhere")),
@@ -236,10 +239,12 @@ async def downloads_of_a_node() -> AsyncIterator[Control]:
         rpc=storage,
         events=Silence(),
         storage=StorageClient(storage, NODE, cluster_view),
-        hub=HubClient(HubSettings(offline=True), httpx2.AsyncClient()),
+        hub=hub,
         cluster_view=cluster_view,
         blobs=cast(BlobFetcher, None),
         leaf_lists=cast(LeafListReader, None),
+        seals=cast(SealKeeper, None),
+        listings=HubListings(hub),
         requests=DownloadRequests(buckets, NODE, []),
     )
     try:

@@ -11,6 +11,7 @@ from pathlib import Path
 from shoal_common.bus.kv_mirror import KvMirror, follow_forever
 from shoal_common.config import Config
 from shoal_common.host.sd_notify import ServiceManagerNotifier
+from shoal_common.identity.node_identity import NodeIdentity
 from shoal_common.liveness.liveness import Liveness
 from shoal_common.messages.storage import CommitBlob, EvictionPlan, Reserve, SealModel
 from shoal_common.service import ServiceContext
@@ -22,10 +23,13 @@ from shoal_storage.eviction.model_deleter import ModelDeleter
 from shoal_storage.handlers.deletion import DeleteCommand
 from shoal_storage.handlers.fetch import FetchApi
 from shoal_storage.handlers.maintenance import MaintenanceApi
+from shoal_storage.handlers.verify import Verifier
 from shoal_storage.leases.last_use import UsageView
 from shoal_storage.leases.service import LeaseService
+from shoal_storage.libraries.service import LibraryService
 from shoal_storage.publisher import StatePublisher
 from shoal_storage.scan.reconciler import StoreReconciler
+from shoal_storage.scan.unverified import UnverifiedBlobHasher
 from shoal_storage.shards import ShardService
 from shoal_storage.startup import recover_store
 from shoal_storage.store.store import Store
@@ -67,8 +71,10 @@ class GatedDisk(Store):
 class StorageParts:
     """A service and its collaborators."""
 
-    def __init__(self, here: Joined, home: Path, node: str, settings: StorageSettings) -> None:
-        config = Config(service="storage", node=node, home=home, nats=[])
+    def __init__(
+        self, here: Joined, home: Path, node: str, settings: StorageSettings, identity: NodeIdentity | None = None
+    ) -> None:
+        config = Config(service="storage", node=node, home=home, nats=[], identity=identity)
         liveness = Liveness(here.buckets.live, node, "storage")
         service = ServiceContext(config, {}, here.nats, liveness, ServiceManagerNotifier({}))
         self.here, self.node = here, node
@@ -86,6 +92,9 @@ class StorageParts:
         self.disk_full = DiskFullHandler(self.context, self.evictions)
         self.maintenance = MaintenanceApi(self.context, self.evictions)
         self.delete_command = DeleteCommand(self.context, self.deleter, self.usage)
+        self.verifier = Verifier(
+            self.context, UnverifiedBlobHasher(self.context, self.reconciler), LibraryService(self.context)
+        )
         self.publisher = StatePublisher(self.context, KvMirror("state"), KvMirror("state"), list, list)
 
     async def fetch_blobs(self, model: Model) -> None:
@@ -113,11 +122,16 @@ class StorageParts:
 
 @asynccontextmanager
 async def storage_parts(
-    server: NatsServer, home: Path, node: str, settings: StorageSettings = UNLIMITED, with_specs: bool = True
+    server: NatsServer,
+    home: Path,
+    node: str,
+    settings: StorageSettings = UNLIMITED,
+    with_specs: bool = True,
+    identity: NodeIdentity | None = None,
 ) -> AsyncIterator[StorageParts]:
     """The parts of a node's storage, which publishes, and learns of instances as they are placed (`with_specs`)."""
     async with joined(server) as here:
-        parts = StorageParts(here, home, node, settings)
+        parts = StorageParts(here, home, node, settings, identity)
         running = [asyncio.create_task(parts.publisher.publish_forever())]
         if with_specs:
             running.append(asyncio.create_task(follow_forever(here.nats, parts.specs)))

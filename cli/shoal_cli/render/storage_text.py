@@ -37,6 +37,10 @@ def storage_lines(views: Sequence[StorageView], now_s: float) -> list[str]:
         lines += [f"{node}: {model} is pinned" for model in state.pinned]
         lines += [f"{node}: {_lease_text(lease, now_s)}" for lease in state.leases]
         lines += [f"{node}: corrupt blob {blob[:16]}… in quarantine" for blob in state.quarantined]
+        lines += [
+            f"{node}: seals of node {sealer} do not count: it sealed a corrupt blob"
+            for sealer in state.distrusted_sealers
+        ]
         lines += foreign_file_warnings(node, state)
         lines += [f"{node}: {volume_text(volume)}" for volume in state.volumes]
         for library in state.libraries:

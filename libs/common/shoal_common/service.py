@@ -144,12 +144,7 @@ class ServiceContext:
         if self.config.identity is None:
             return PeerSecrets(None, lambda _: None)
         members = await self.mirror(tasks, "spec", "member.*")
-
-        def certificate_of(node: str) -> str | None:
-            member = members.get(member_key(node), Member)
-            return member.certificate if member else None
-
-        return PeerSecrets(self.config.identity, certificate_of)
+        return PeerSecrets(self.config.identity, certificates_in(members))
 
     async def _until_stopping(self, work: Awaitable[None]) -> None:
         working = asyncio.ensure_future(work)
@@ -164,6 +159,16 @@ class ServiceContext:
     def run_in_background(self, tasks: asyncio.TaskGroup, work: Awaitable[None]) -> None:
         """Run endless work as a task that is cancelled when the service stops."""
         tasks.create_task(self._until_stopping(work))
+
+
+def certificates_in(members: KvMirror) -> Callable[[str], str | None]:
+    """Return what looks up the certificate of a member in a mirror of `spec`; None for a stranger."""
+
+    def certificate_of(node: str) -> str | None:
+        member = members.get(member_key(node), Member)
+        return member.certificate if member else None
+
+    return certificate_of
 
 
 def _connection(config: Config) -> AbstractAsyncContextManager[Nats]:

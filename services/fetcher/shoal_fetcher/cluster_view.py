@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 
 from shoal_common.bus.cluster_lease import LeaseValue
@@ -28,6 +28,7 @@ log = StructuredLogger("cluster_view")
 
 _CATCH_UP_S = 5.0
 _MAX_CACHED_HOLDERS = 1024
+_MAX_HINTS = 20_000
 STARTING_TIMEOUT_S = 8.0
 """A starting fileserver is waited for this long: what only it has is not read from the hub (I9)."""
 
@@ -56,6 +57,7 @@ class ClusterView:
         self._starting_as_of = -1
         self._cached_holders: dict[tuple[str, str], list[BlobHolder]] = {}
         self._holders_as_of: tuple[object, ...] = ()
+        self._sha256_by_git_name: dict[str, str] = {}
 
     def addresses(self) -> dict[str, list[NodeAddress]]:
         """Return the addresses of fileservers of other nodes that may be used, in the order to try.
@@ -116,7 +118,14 @@ class ClusterView:
     def _holders(self, blob: str, manifest: Manifest, nodes: Iterable[str]) -> list[BlobHolder]:
         models = (m for _, m in self._state.items("model.", ModelState))
         downloads = (d for _, d in self._state.items("download.", DownloadState))
-        return holders(blob, manifest, models, downloads, nodes, self._own_node)
+        return holders(blob, manifest, models, downloads, nodes, self._own_node, self._sha256_by_git_name)
+
+    def learn_sha256(self, by_git_name: Mapping[str, str]) -> None:
+        """Learn under which sha256 nodes that have a model may have its small files: hints, which may be wrong."""
+        if len(self._sha256_by_git_name) > _MAX_HINTS:
+            self._sha256_by_git_name.clear()
+        self._sha256_by_git_name |= by_git_name
+        self._holders_as_of = ()
 
     def allowed_by_hub(self, repo: str, commit: str) -> dict[str, int]:
         """Return the live peers that fetch a model and to which the hub has not refused it, with what they have."""

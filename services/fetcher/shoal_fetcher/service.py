@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 
+from shoal_common.bus.keys import storage_key
+from shoal_common.bus.kv_mirror import KvMirror
 from shoal_common.bus.reconcile import republish_after_wipes
 from shoal_common.identity.peer_links import PeerLinks
 from shoal_common.identity.peer_tokens import PeerTokens
+from shoal_common.identity.seals import CLUSTER, SealKeeper
 from shoal_common.liveness.peer_failure import PeerFailureReporter
 from shoal_common.messages import downloads
 from shoal_common.messages.downloads import DownloadRequest, StopDownloads
 from shoal_common.messages.model_shape import GetModelShape
+from shoal_common.messages.storage import StorageState
 from shoal_common.rpc.command_worker import CommandHandler
 from shoal_common.rpc.request_reply import RpcEndpoint
-from shoal_common.service import ServiceContext
+from shoal_common.service import ServiceContext, certificates_in
 from shoal_common.settings.node import FileserverSettings
 from shoal_common.settings.values import read_settings
 from shoal_common.store.store_paths import StorePaths
@@ -23,6 +27,7 @@ from shoal_fetcher.downloads.manager import DownloadManager
 from shoal_fetcher.downloads.model_fetch import DownloadContext
 from shoal_fetcher.downloads.request_store import DownloadRequests
 from shoal_fetcher.hub.client import HubClient, HubSettings
+from shoal_fetcher.hub.listings import HubListings
 from shoal_fetcher.hub.model_info import ModelShapes
 from shoal_fetcher.hub.range_reader import make_hub_client
 from shoal_fetcher.hub.token_socket import serve_tokens
@@ -51,7 +56,7 @@ async def run(context: ServiceContext) -> None:
         live = await context.mirror(tasks, "live", "*.fileserver", "*.storage")
         state = await context.mirror(tasks, "state")
         lease = await context.mirror(tasks, "lease")
-        spec = await context.mirror(tasks, "spec", f"download.{context.node}.>")
+        spec = await context.mirror(tasks, "spec", f"download.{context.node}.>", "member.*")
         await context.follow_interfaces()
         cluster_view = ClusterView(
             context.nats, context.node, live, state, lease, spec, context.interfaces, peer_links
@@ -78,8 +83,9 @@ async def run(context: ServiceContext) -> None:
             layout=StorePaths(config.store),
             workers=workers,
             serves_peers=settings.serve_peers,
+            seals=seals_of(context, spec, state),
         )
-        stored = [request for _, request in spec.items("", DownloadRequest)]
+        stored = [request for _, request in spec.items("download.", DownloadRequest)]
         fetcher = DownloadManager(download_context(context, node_context, stored), tasks)
         shapes = ModelShapes(node_context.hub, rate_limits.hub)
         await fetcher.resume_pending()
@@ -104,6 +110,21 @@ async def run(context: ServiceContext) -> None:
         fetcher.stop()
 
 
+def seals_of(context: ServiceContext, spec: KvMirror, state: KvMirror) -> SealKeeper:
+    """Return whose seals count on this node, as its storage publishes that."""
+    key = storage_key(context.node)
+
+    def trust_sealers() -> str:
+        published = state.get(key, StorageState)
+        return published.trust_sealers if published and published.trust_sealers else CLUSTER
+
+    def distrusted() -> list[str]:
+        published = state.get(key, StorageState)
+        return published.distrusted_sealers if published else []
+
+    return SealKeeper(context.config.identity, certificates_in(spec), trust_sealers, distrusted)
+
+
 def download_context(
     context: ServiceContext, node_context: NodeFetchContext, stored: list[DownloadRequest]
 ) -> DownloadContext:
@@ -120,5 +141,7 @@ def download_context(
         cluster_view=node_context.cluster_view,
         blobs=BlobFetcher(node_context, storage),
         leaf_lists=node_context.peers,
+        seals=node_context.seals,
+        listings=HubListings(node_context.hub),
         requests=DownloadRequests(context.buckets, context.node, stored),
     )

@@ -9,7 +9,7 @@ from typing import TypeVar
 from shoal_common import telemetry
 from shoal_common.errors import Corrupt, NotFound
 from shoal_common.messages.envelope import Empty
-from shoal_common.messages.manifest import Manifest
+from shoal_common.messages.manifest import LeafListSeal, Manifest
 from shoal_common.messages.storage import (
     CheckSpace,
     CommitBlob,
@@ -50,13 +50,14 @@ class StorageClient:
         request = Reserve(manifest=manifest, leaf_ranges=_as_ranges(leaves or {}))
         return await self._request("reserve", request, ReserveResult)
 
-    async def commit(self, blob: str, leaf_list_digest: str = "") -> CommittedBlob:
-        """Verify a complete partial blob and commit it: by its leaf list if that has this digest, else by sha256.
+    async def commit(self, blob: str, leaf_list_digest: str = "", seal: LeafListSeal | None = None) -> CommittedBlob:
+        """Verify a complete partial blob and commit it: by its leaf list if that has this digest and a seal that
+        counts, else by sha256.
 
         Raises BlobHashMismatch, LeafReadbackMismatch, or ReservationLost if the partial is gone.
         """
         try:
-            request = CommitBlob(blob=blob, leaf_list_digest=leaf_list_digest)
+            request = CommitBlob(blob=blob, leaf_list_digest=leaf_list_digest, seal=seal)
             committed = await self._request("commit", request, CommittedBlob, _COMMIT_DEADLINE_S)
         except NotFound as e:
             raise ReservationLost(e.message) from e
@@ -80,12 +81,17 @@ class StorageClient:
         layers: list[list[int]],
         leaves: Mapping[str, int],
         leaf_list_digests: dict[str, str],
+        seals: dict[str, LeafListSeal],
     ) -> ShardState:
         """Have the leaves of some layers verified and kept. Raises ReservationLost if some are gone, BlobHashMismatch
         if some are corrupt.
         """
         request = SealShard(
-            manifest=manifest, layers=layers, leaf_ranges=_as_ranges(leaves), leaf_list_digests=leaf_list_digests
+            manifest=manifest,
+            layers=layers,
+            leaf_ranges=_as_ranges(leaves),
+            leaf_list_digests=leaf_list_digests,
+            seals=seals,
         )
         try:
             return await self._request("seal_shard", request, ShardState, _COMMIT_DEADLINE_S)

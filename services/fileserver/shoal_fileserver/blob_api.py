@@ -28,6 +28,7 @@ from shoal_common.bus import cluster_clock
 from shoal_common.errors import ShoalError
 from shoal_common.host.rate_limiter import RateLimiter
 from shoal_common.identity.peer_tokens import PeerTokens
+from shoal_common.identity.seals import SEAL_HEADER
 from shoal_common.logs import StructuredLogger
 from shoal_common.store.bitmap import LEAF_BYTES, leaf_count
 from shoal_common.store.leaf_set import MAX_RANGE_LEAVES, from_bitmap
@@ -160,6 +161,8 @@ class BlobApi:
                 {"ETag": f'"{leaf_list.digest}"'} if leaf_list.digest else {"Cache-Control": "no-store"}
             )
             response_headers["Accept-Ranges"] = "bytes"
+            if leaf_list.seal:
+                response_headers[SEAL_HEADER] = leaf_list.seal
             byte_range = _requested_range(Headers(scope=scope), response_headers.get("ETag", ""), size)
             if isinstance(byte_range, Unsatisfiable):
                 return Response(status_code=416, headers={**response_headers, "Content-Range": f"bytes */{size}"})

@@ -12,6 +12,10 @@ import stat
 from contextlib import suppress
 from io import FileIO
 
+from shoal_common.errors import BadMessage
+from shoal_common.identity.seals import MAX_SEAL_BYTES, to_text
+from shoal_common.messages import decode
+from shoal_common.messages.manifest import LeafListSeal
 from shoal_common.store.bitmap import LEAF_BYTES, Bitmap, leaf_count
 from shoal_common.store.blob_lookup import open_blob
 from shoal_common.store.leaf_hash import HASH_BYTES, leaf_list_size
@@ -113,10 +117,10 @@ def _ready(directory: int) -> Bitmap | None:
 
 
 class LeafList:
-    """The open leaf list of a blob. `digest` is "" for a partial blob."""
+    """The open leaf list of a blob. `digest` is "" for a partial blob, `seal` where there is none."""
 
-    def __init__(self, file: FileIO | None, offset: int, size_bytes: int, digest: str) -> None:
-        self.size_bytes, self.digest = size_bytes, digest
+    def __init__(self, file: FileIO | None, offset: int, size_bytes: int, digest: str, seal: str = "") -> None:
+        self.size_bytes, self.digest, self.seal = size_bytes, digest, seal
         self._file, self._offset = file, offset
 
     def read(self, start: int, end: int) -> bytes:
@@ -153,4 +157,13 @@ def open_leaf_list(layout: StorePaths, blob: str) -> LeafList:
     if status.st_size != HASH_BYTES + size_bytes or status.st_mtime_ns != hashed_ns:
         file.close()
         raise FileNotFoundError(errno.ENOENT, "the list belongs to another file", blob)
-    return LeafList(file, HASH_BYTES, size_bytes, os.pread(file.fileno(), HASH_BYTES, 0).hex())
+    return LeafList(file, HASH_BYTES, size_bytes, os.pread(file.fileno(), HASH_BYTES, 0).hex(), _seal(layout, blob))
+
+
+def _seal(layout: StorePaths, blob: str) -> str:
+    """Return the seal of a blob's list as a header carries it; "" if there is none."""
+    try:
+        with layout.seal(blob).open("rb") as f:
+            return to_text(decode(f.read(MAX_SEAL_BYTES), LeafListSeal))
+    except (FileNotFoundError, BadMessage):
+        return ""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from shoal_common.bus.events import EventEmitter
 from shoal_common.bus.kv_mirror import KvMirror
-from shoal_common.service import ServiceContext
+from shoal_common.service import ServiceContext, certificates_in
 from shoal_common.settings.node import StorageSettings
 from shoal_storage.files.metadata_files import MetadataFiles
 from shoal_storage.ledger.ledger import Ledger
 from shoal_storage.publish_queue import PublishQueue
 from shoal_storage.section import CriticalSection
+from shoal_storage.store.seals import BlobSeals
 from shoal_storage.store.store import Store
 
 
@@ -25,6 +28,11 @@ class StorageContext:
         self.section = CriticalSection()
         self.metadata = MetadataFiles(store.layout, ledger)
         self.publishing = PublishQueue()
+        self.seals = BlobSeals(
+            store, service.config.identity, certificates_in(specs), lambda: self.settings.trust_sealers
+        )
+        self.model_ready = asyncio.Event()
+        """Set when a model has become ready: blobs of it may still have to be hashed here."""
 
     @property
     def node(self) -> str:

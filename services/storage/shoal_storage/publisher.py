@@ -139,15 +139,18 @@ class StatePublisher:
 
     async def _publish_storage(self) -> None:
         free = await asyncio.to_thread(self._context.store.free_bytes)
+        distrusted = sorted(await asyncio.to_thread(self._context.seals.distrusted))
         with suppress(TimeoutError):  # a disk does not answer: as it was, until its volume is detached
             self._volume_states = await self._calls.run("volumes", self._volumes, _VOLUMES_DEADLINE_S)
         volumes = self._volume_states
-        state = self._storage_state(free, volumes)
+        state = self._storage_state(free, volumes, distrusted)
         if state != self._published:
             await self._put_or_delete(storage_key(self._node), state)
             self._published = state
 
-    def _storage_state(self, free_bytes: int, volumes: list[VolumeState]) -> StorageState:
+    def _storage_state(
+        self, free_bytes: int, volumes: list[VolumeState], distrusted_sealers: list[str]
+    ) -> StorageState:
         ledger, settings = self._context.ledger, self._context.settings
         unverified = {b: s.size_bytes for b, s in ledger.unverified.items() if b not in ledger.corrupt}
         store_root, paths = self._context.store.layout.root, self._context.store.layout
@@ -179,6 +182,7 @@ class StatePublisher:
             paused_downloads=bytes_of_paused_models(ledger),
             libraries=self._libraries(),
             volumes=volumes,
+            distrusted_sealers=distrusted_sealers,
         )
 
     async def _put_or_delete(self, key: str, value: object | None) -> None:
@@ -234,6 +238,7 @@ def read_model_state(context: StorageContext, manifest: Manifest) -> ModelState:
         shape_error=shape_error,
         ready_at_s=round(path.stat().st_mtime, 3),
         library_directory=offered.directory if offered else "",
+        unchecked_from=manifest.unchecked_from,
     )
 
 

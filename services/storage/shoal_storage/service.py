@@ -122,6 +122,7 @@ async def run(service: ServiceContext) -> None:
             StoreWatcher(store.layout, reconciler).watch_forever(),
             volumes.watch_forever(),
             verifier.scrub_forever(),
+            verifier.check_seals_forever(),
         ):
             service.run_in_background(tasks, background)
         tasks.create_task(_stop_hashing(service, store))

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import msgspec
 
-from shoal_common.errors import BadInput, Corrupt, NotFound, ShoalError
+from shoal_common.errors import BadInput, Corrupt, NotFound, Refused, ShoalError
+from shoal_common.identity.seals import SealedList
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages import WireStruct, decode, encode
 from shoal_common.messages.manifest import Manifest
@@ -172,7 +173,10 @@ class ShardService:
         # Hashing takes a while, so it runs outside the section. Durable leaves are not written again.
         for blob, partial in partials.items():
             unverified = leaves[blob] & ~self._ledger.shard_leaves(blob)
-            digest = request.leaf_list_digests.get(blob, "")
+            digest, seal = request.leaf_list_digests.get(blob, ""), request.seals.get(blob)
+            sealed = SealedList(blob, partial.size_bytes, digest)
+            if reason := await asyncio.to_thread(self._context.seals.refusal, seal, sealed):
+                raise Refused(f"layers of {manifest.model} cannot be verified without the whole model: {reason}")
             try:
                 await asyncio.to_thread(
                     verify_leaves, self._store.layout, blob, partial.size_bytes, unverified, digest

@@ -39,7 +39,7 @@ def test_storage_shows_the_gateways_disk_its_settings_and_notes(cluster: Cluster
         disk(
             "node-a", pinned=[HELD], quarantined=["ab" * 32], overridden_by_env=["max_storage_bytes"], leases=leases
         ),
-        disk("node-b"),
+        disk("node-b", distrusted_sealers=["node-z"]),
     ]
     for arguments in (["storage"], ["storage", "show"], ["storage", "show", "--node", "node-a"]):
         assert run(arguments) == 0
@@ -54,7 +54,9 @@ def test_storage_shows_the_gateways_disk_its_settings_and_notes(cluster: Cluster
         assert "node-a: max_storage_bytes is set by the environment" in output
         assert "node-b" not in output
     assert run(["storage", "--node", "node-b"]) == 0
-    assert "node-a" not in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "node-a" not in output
+    assert "node-b: seals of node node-z do not count: it sealed a corrupt blob" in output
 
 
 def test_storage_lists_foreign_files_and_that_they_stay(cluster: Cluster, capsys: Capture) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
+from shoal_common.bus.keys import model_key
+from shoal_common.messages.storage import ModelState
+from shoal_common.names import model_id
 from tests.fetcher.hub_repos import noise
 from tests.fetcher.pull_site import Site
 
@@ -29,6 +32,8 @@ async def test_offline_nothing_connects_and_held_models_are_pulled(
             await site["b"].restart(here.here, "fetcher", HF_HUB_OFFLINE="1", HF_ENDPOINT=url)
             await here.pull_ok("b")
             await here.assert_complete("b", files)
+            unchecked = await here.buckets.state.get_as(model_key("b", model_id(site.repo, commit)), ModelState)
+            assert unchecked is not None and unchecked.unchecked_from == "a", "nobody could ask the hub"
             assert (await here.delete("b")).ok
             await here.pull_ok("b", f"{site.repo}@{commit}")
             code, message = await here.pull_fails("b", f"{site.repo}-nowhere")

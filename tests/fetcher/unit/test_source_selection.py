@@ -68,28 +68,34 @@ def arriving_on(node: str, *blobs: str, known: dict[str, str] | None = None) -> 
 
 
 def test_a_node_that_has_the_model_holds_its_blobs() -> None:
-    assert holders(BLOB, MANIFEST, [model_on("b")], [], ["b"], "a") == [BlobHolder("b", BLOB)]
+    assert holders(BLOB, MANIFEST, [model_on("b")], [], ["b"], "a", {}) == [BlobHolder("b", BLOB)]
 
 
 def test_a_node_with_another_commit_holds_nothing_of_this_one() -> None:
-    assert holders(BLOB, MANIFEST, [model_on("b", "e" * 40)], [], ["b"], "a") == []
+    assert holders(BLOB, MANIFEST, [model_on("b", "e" * 40)], [], ["b"], "a", {}) == []
 
 
 def test_a_blob_is_there_for_peers_before_its_model_is_ready() -> None:
-    assert holders(BLOB, MANIFEST, [], [arriving_on("b", BLOB)], ["b"], "a") == [BlobHolder("b", BLOB)]
-    assert holders(BLOB, MANIFEST, [], [arriving_on("b")], ["b"], "a") == []
+    assert holders(BLOB, MANIFEST, [], [arriving_on("b", BLOB)], ["b"], "a", {}) == [BlobHolder("b", BLOB)]
+    assert holders(BLOB, MANIFEST, [], [arriving_on("b")], ["b"], "a", {}) == []
 
 
 def test_a_small_file_known_by_git_hash_is_requested_by_sha256() -> None:
     b = arriving_on("b", GIT_SHA256, known={GIT: GIT_SHA256})
-    assert holders(GIT, MANIFEST, [model_on("c")], [b], ["b", "c"], "a") == [BlobHolder("b", GIT_SHA256)]
+    assert holders(GIT, MANIFEST, [model_on("c")], [b], ["b", "c"], "a", {}) == [BlobHolder("b", GIT_SHA256)]
+
+
+def test_a_hint_names_the_small_files_of_a_node_with_the_model() -> None:
+    hints = {GIT: GIT_SHA256}
+    assert holders(GIT, MANIFEST, [model_on("c")], [], ["c"], "a", hints) == [BlobHolder("c", GIT_SHA256)]
+    assert holders(GIT, MANIFEST, [model_on("c", "e" * 40)], [], ["c"], "a", hints) == []
 
 
 @given(st.sets(NODES), st.sets(NODES), st.sets(NODES), NODES)
 def test_only_live_nodes_other_than_this_one_are_holders(
     ready: set[str], arriving: set[str], live: set[str], me: str
 ) -> None:
-    found = holders(BLOB, MANIFEST, map(model_on, ready), [arriving_on(n, BLOB) for n in arriving], live, me)
+    found = holders(BLOB, MANIFEST, map(model_on, ready), [arriving_on(n, BLOB) for n in arriving], live, me, {})
     assert [h.node for h in found] == sorted((ready | arriving) & live - {me})
 
 

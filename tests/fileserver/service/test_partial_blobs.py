@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from shoal_common.identity.seals import from_text
+from shoal_common.messages import encode
+from shoal_common.messages.manifest import LeafListSeal
 from shoal_common.store import relay_bitmap as ready_module
 from shoal_common.store.bitmap import LEAF_BYTES, Bitmap, leaf_count
 from shoal_common.store.leaf_hash import hash_leaf_list, leaf_hash
@@ -144,6 +147,11 @@ async def test_leaf_lists_are_served_in_pages(nats: NatsServer, fresh: Fresh, tm
         os.utime(path, ns=(mtime_ns, mtime_ns))
         whole = await server.ask(f"/v1/leaves/{blob}")
         assert (whole.status, whole.body, whole.headers["etag"]) == (200, hashes, f'"{hash_leaf_list(hashes)}"')
+        assert "shoal-seal" not in whole.headers
+        seal = LeafListSeal(node="a", signed_at_s=1, signature=b"by a")
+        for written, sent in ((b"no seal", None), (encode(seal), seal)):
+            server.layout.seal(blob).write_bytes(written)
+            assert from_text((await server.ask(f"/v1/leaves/{blob}")).headers.get("shoal-seal", "")) == sent
         page = await server.ask(f"/v1/leaves/{blob}", {"Range": "bytes=32-95"})
         assert (page.status, page.body) == (206, hashes[32:96])
         assert page.headers["content-range"] == f"bytes 32-95/{len(hashes)}"

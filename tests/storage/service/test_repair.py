@@ -262,10 +262,10 @@ def test_I6_a_repair_killed_at_any_change_claims_no_bad_leaf(
     changes = repair(tmp_path / "whole", last=0)
     assert len(changes) > 30
     fetched_whole = []
-    for number in range(1, len(changes) + 1):
-        root = tmp_path / f"{number}"
+    for change in changes:
+        root = tmp_path / f"{change.number}"
         with pytest.raises(Killed):
-            repair(root, number)
+            repair(root, change.number)
         store = StoreFixture(root)
         claimed_leaves(store.layout.partial(blob), whole)
         if blob in store.ledger.blobs and not blob_check.hash_blob(store.disk, blob, no_rate_limit).intact:  # type: ignore[union-attr]  # it is there
@@ -274,7 +274,7 @@ def test_I6_a_repair_killed_at_any_change_claims_no_bad_leaf(
             came = put_missing(store.layout, blob, whole)
             assert bad <= came or not came
             if came == {0, 1, 2}:
-                fetched_whole.append(changes[number - 1])
+                fetched_whole.append(change)
             store.commit(blob)
         store.seal(model)
         assert store.holds(model)

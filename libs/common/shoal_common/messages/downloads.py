@@ -7,6 +7,7 @@ from typing import Literal
 from shoal_common.errors import ErrorBody
 from shoal_common.messages import WireStruct
 from shoal_common.messages.envelope import Command
+from shoal_common.messages.manifest import LeafListSeal
 
 DownloadPhase = Literal[
     "queued", "reserving", "fetching", "verifying", "blocked", "ready", "paused", "rejected", "failed"
@@ -158,6 +159,8 @@ class HaveMessage(WireStruct):
     """Provisional leaf hashes that are new since the last message, 32 bytes each; only an origin sends them."""
     leaf_list_digest: str = ""
     """Leaf list digest, once the whole blob has been verified."""
+    seal: LeafListSeal | None = None
+    """Seal of that leaf list, if the node has one."""
     hello: bool = False
     """The node has just joined: receivers answer with their own message."""
     leaving: bool = False

@@ -1,9 +1,23 @@
-"""The files of a model at a commit."""
+"""The files of a model at a commit, and the seals of their leaf lists."""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable
+
 from shoal_common.messages import WireStruct
 from shoal_common.names import ModelId, model_id
+
+
+class LeafListSeal(WireStruct):
+    """A node's signed word that it hashed a whole blob, and that its leaves have this list (docs/transfer.md)."""
+
+    node: str
+    """The node that hashed the blob by sha256: the sealer."""
+    signed_at_s: int
+    """When it did, in whole seconds."""
+    signature: bytes
+    """ECDSA on P-256 with SHA-256, DER, by the key of the node's certificate, over what `SealedList` says."""
 
 
 class ManifestFile(WireStruct):
@@ -37,6 +51,8 @@ class Manifest(WireStruct):
     """All files."""
     revisions: list[str] = []
     """Revisions that people used for this commit: `main`, a tag."""
+    unchecked_from: str = ""
+    """Node that this manifest is from, while it was not held against the hub's listing; "" if it was, or is that."""
 
     @property
     def model(self) -> ModelId:
@@ -57,3 +73,11 @@ class Manifest(WireStruct):
     def size_bytes(self) -> int:
         """Size of all distinct blobs."""
         return sum(self.blob_sizes.values())
+
+
+def content_commit(files: Iterable[ManifestFile]) -> str:
+    """Return a commit for files that no hub names: equal for equal files under equal names."""
+    digest = hashlib.sha1(usedforsecurity=False)
+    for f in sorted(files, key=lambda f: f.path):
+        digest.update(f"{f.path}\0{f.sha256}\n".encode())
+    return digest.hexdigest()

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from shoal_common.messages import WireStruct
 from shoal_common.messages.envelope import Command
-from shoal_common.messages.manifest import Manifest
+from shoal_common.messages.manifest import LeafListSeal, Manifest
 from shoal_common.messages.model_shape import ModelShape
 from shoal_common.names import ModelId, model_id
 from shoal_common.settings.fields import with_changes_of, with_values_of
@@ -125,6 +125,8 @@ class StorageState(_Published):
     """Libraries of this node."""
     volumes: list[VolumeState] = []
     """Volumes besides the store's own, each with its own `free_bytes`."""
+    distrusted_sealers: list[str] = []
+    """Nodes that sealed a corrupt blob: their seals do not count here any more (docs/transfer.md)."""
 
 
 class ModelState(WireStruct):
@@ -153,6 +155,8 @@ class ModelState(WireStruct):
     """When the model became complete."""
     library_directory: str = ""
     """Its directory in a library; "" for a model of the store."""
+    unchecked_from: str = ""
+    """Node whose manifest it is, while the hub has not confirmed that; "" once it has, or if it is the hub's own."""
 
     @property
     def model(self) -> ModelId:
@@ -299,6 +303,8 @@ class CommitBlob(WireStruct):
     """The blob's name."""
     leaf_list_digest: str = ""
     """Digest of a sealed leaf list to verify each leaf against; "" means the whole blob is verified by sha256."""
+    seal: LeafListSeal | None = None
+    """Seal of that list. Without one that counts here, the whole blob is verified by sha256."""
 
 
 class CommittedBlob(WireStruct):
@@ -330,6 +336,8 @@ class SealShard(WireStruct):
     """Needed leaf ranges, by blob, of blobs that are not needed whole, as in `reserve`."""
     leaf_list_digests: dict[str, str]
     """Digest of the sealed leaf list of each of these blobs; the list lies beside the partial blob's data."""
+    seals: dict[str, LeafListSeal] = {}
+    """Seals of these lists, by blob."""
 
 
 class GetManifest(WireStruct):

@@ -112,6 +112,8 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
     unit: Unit | None
     is_text: bool
     """Whether a number is written as text with its unit."""
+    text: str
+    """What a text has to be, in words; "" for any."""
 
     @property
     def variable(self) -> str:
@@ -150,7 +152,7 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
             lowest = f"above {self.kind.gt}" if self.kind.ge is None else f"from {self.kind.ge}"
             highest = self.kind.le if self.kind.le is not None and self.kind.le < _MAX_NUMBER else None
             return f"{number}{unit} {lowest}" + (f" to {highest}" if highest is not None else "")
-        return "a text in quotes"
+        return self.text or "a text in quotes"
 
 
 @cache
@@ -198,4 +200,5 @@ def _declared(field: inspect.Field, annotated: Any, section: str) -> Setting | N
         usage=found["usage"],
         unit=found.get("unit"),
         is_text=found.get("is_text", False),
+        text=found.get("expected", ""),
     )

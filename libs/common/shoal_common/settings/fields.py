@@ -31,6 +31,8 @@ def with_values_of(kind: type[Section], base: type[msgspec.Struct]) -> Any:
 def _value_field(setting: Setting) -> tuple[Any, Any]:
     if setting.choices:
         return _annotated(Literal[setting.choices], setting), setting.choices[0]
+    if isinstance(setting.kind, inspect.StrType):
+        return _annotated(str, setting), ""
     number: Any = int if isinstance(setting.kind, inspect.IntType) else float
     if setting.is_nullable:
         return _annotated(number | None, setting), None

@@ -19,6 +19,15 @@ from shoal_common.settings.declaration import (
 
 EvictionPolicy = Literal["manual", "lru"]
 TlsMode = Literal["auto", "off"]
+Sealers = Annotated[
+    str,
+    Meta(
+        pattern=r"^[a-z0-9-]+( *, *[a-z0-9-]+)*$",
+        max_length=4096,
+        extra={"expected": "cluster, none, or names of nodes with commas"},
+    ),
+]
+"""`cluster`: the nodes that the operator let in."""
 
 
 class TransferSettings(Section, frozen=True, kw_only=True):
@@ -94,6 +103,15 @@ class PublishedSettings(TransferSettings, frozen=True):
             is_changeable=True,
         ),
     ] = 7 * 86400
+    trust_sealers: Annotated[
+        Sealers,
+        setting(
+            "whose word that a blob is intact makes it ready before it is hashed here: cluster, none, or nodes",
+            example='"a,b"',
+            flag=CliFlag("--trust-sealers"),
+            is_changeable=True,
+        ),
+    ] = "cluster"
 
 
 class StorageSettings(PublishedSettings, frozen=True, kw_only=True):

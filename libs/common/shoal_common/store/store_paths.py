@@ -13,6 +13,7 @@ from shoal_common.names import (
     check_file_path,
     check_id,
     check_model_id,
+    check_node,
     commit_of,
     repo_of,
 )
@@ -40,6 +41,7 @@ class StorePaths:
         self.shards = root / "shards"
         self.quarantine = root / "quarantine"
         self.leases = root / "leases"
+        self.distrusted = root / "distrusted"
         self.library_hashes = root / "libraries" / "verified.json"
         self.library_blobs = root / "libraries" / "blobs"
         self.library_models = root / "libraries" / "models"
@@ -63,6 +65,14 @@ class StorePaths:
     def leaf_list(self, sha256: str) -> Path:
         """Return the file with the hashes of a blob's leaves."""
         return self.leaf_lists / check_blob(sha256)[:2] / sha256
+
+    def seal(self, sha256: str) -> Path:
+        """Return the seal of a blob's leaf list."""
+        return self.leaf_lists / check_blob(sha256)[:2] / f"{sha256}.seal"
+
+    def distrusted_sealer(self, node: str) -> Path:
+        """Return the file that exists while a node's seals are not trusted here."""
+        return self.distrusted / check_node(node)
 
     def quarantined(self, sha256: str) -> Path:
         """Return the path of a corrupt blob in quarantine."""

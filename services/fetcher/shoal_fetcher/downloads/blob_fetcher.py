@@ -11,7 +11,7 @@ import msgspec
 
 from shoal_common import telemetry
 from shoal_common.logs import StructuredLogger
-from shoal_common.messages.manifest import Manifest, ManifestFile
+from shoal_common.messages.manifest import LeafListSeal, Manifest, ManifestFile
 from shoal_common.messages.storage import CommittedBlob
 from shoal_fetcher.downloads import whole_blob
 from shoal_fetcher.errors import BlobHashMismatch, LeafReadbackMismatch
@@ -135,24 +135,24 @@ class BlobFetcher:
                     fetch = BlobFetchContext(
                         self._node_context, manifest, file, partial, health, progress, leaves, lambda: None
                     )
-                    leaf_list_digest = await Swarm(fetch, stack).run()
+                    leaf_list_digest, seal = await Swarm(fetch, stack).run()
             except BlobHashMismatch:
-                leaf_list_digest, leaves = (
-                    "",
-                    partial.all_leaves,
-                )  # the commit hashes it too, reports the hash and discards it
+                # The commit hashes it too, reports the hash and discards it.
+                leaf_list_digest, seal, leaves = "", None, partial.all_leaves
             finally:
                 progress.set_durable_bytes(file.blob, partial.durable_bytes)
             if leaves != partial.all_leaves:
                 return None
-            committed = await self._commit(file, progress, leaf_list_digest)
+            committed = await self._commit(file, progress, leaf_list_digest, seal)
             # The origin lease is released only after that: the next holder checks `state` first.
             progress.after_publish(stack.pop_all())
             return committed
 
-    async def _commit(self, file: ManifestFile, progress: Progress, leaf_list_digest: str = "") -> CommittedBlob:
+    async def _commit(
+        self, file: ManifestFile, progress: Progress, leaf_list_digest: str = "", seal: LeafListSeal | None = None
+    ) -> CommittedBlob:
         try:
-            committed = await self._storage.commit(file.blob, leaf_list_digest)
+            committed = await self._storage.commit(file.blob, leaf_list_digest, seal)
         except BlobHashMismatch:
             progress.set_durable_bytes(file.blob, 0)  # storage has discarded all leaves
             raise

@@ -10,7 +10,8 @@ from msgspec import structs
 
 from shoal_common.bus.events import EventEmitter
 from shoal_common.bus.kv_bucket import Buckets
-from shoal_common.messages.manifest import Manifest, ManifestFile
+from shoal_common.identity.seals import SealKeeper
+from shoal_common.messages.manifest import LeafListSeal, Manifest, ManifestFile
 from shoal_common.rpc.request_reply import RpcClient
 from shoal_common.store.store_paths import StorePaths
 from shoal_fetcher.cluster_view import ClusterView
@@ -18,6 +19,7 @@ from shoal_fetcher.downloads.blob_fetcher import BlobFetcher
 from shoal_fetcher.downloads.events import Fetched, Reserved
 from shoal_fetcher.downloads.request_store import DownloadRequests
 from shoal_fetcher.hub.client import HubClient
+from shoal_fetcher.hub.listings import HubListings
 from shoal_fetcher.partials.bitmap_file import resumable_bytes
 from shoal_fetcher.progress import Progress
 from shoal_fetcher.sources.source_selection import with_known_sha256
@@ -33,8 +35,8 @@ WantedFiles = list[tuple[ManifestFile, int | None]]
 class LeafListReader(Protocol):
     """Reads leaf lists from nodes."""
 
-    async def leaf_list(self, node: str, blob: str, start: int, size_bytes: int) -> bytes:
-        """Return bytes of a blob's leaf list as a node sends it. Raises ShoalError."""
+    async def sealed_leaf_list(self, node: str, blob: str, size_bytes: int) -> tuple[bytes, LeafListSeal | None]:
+        """Return a blob's leaf list, and its seal, as a node sends them. Raises ShoalError."""
 
 
 class DownloadContext(msgspec.Struct, frozen=True):
@@ -50,6 +52,8 @@ class DownloadContext(msgspec.Struct, frozen=True):
     cluster_view: ClusterView
     blobs: BlobFetcher
     leaf_lists: LeafListReader
+    seals: SealKeeper
+    listings: HubListings
     requests: DownloadRequests
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,18 +12,20 @@ from typing import Any, BinaryIO
 from msgspec import structs
 
 from shoal_common.errors import Corrupt, ShoalError
+from shoal_common.identity.seals import SealedList, SealKeeper
 from shoal_common.logs import StructuredLogger
-from shoal_common.messages.manifest import Manifest, ManifestFile
+from shoal_common.messages.manifest import LeafListSeal, Manifest, ManifestFile
 from shoal_common.messages.storage import ReserveResult
 from shoal_common.models.safetensors_header import PREFIX_BYTES, header_end
 from shoal_common.store import leaf_set
+from shoal_common.store.bitmap import LEAF_BYTES
 from shoal_common.store.blob_lookup import find_blob
 from shoal_common.store.leaf_hash import hash_leaf_list, leaf_list_size
 from shoal_common.store.leaf_set import from_bitmap
 from shoal_fetcher.cluster_view import ClusterView
 from shoal_fetcher.downloads.events import Fetched, Reserved
 from shoal_fetcher.downloads.model_fetch import DownloadContext, FileFetcher, LeafListReader, WantedFiles
-from shoal_fetcher.errors import ReservationLost
+from shoal_fetcher.errors import BlobHashMismatch, ReservationLost
 from shoal_fetcher.partials.bitmap_file import read_bitmap
 from shoal_fetcher.partials.disk_writes import map_full_disk_of
 from shoal_fetcher.progress import Progress
@@ -32,38 +35,44 @@ log = StructuredLogger("parts")
 
 _ROUNDS = 3
 """The first leaves, the headers, the tensors."""
-LeafLists = Mapping[str, bytes]
-"""Leaf hashes by blob, from a list whose digest is sealed."""
+LeafLists = Mapping[str, tuple[bytes, LeafListSeal | None]]
+"""Leaf hashes by blob, from a list whose seal counts here, and that seal."""
 
 
-async def sealed_lists(manifest: Manifest, cluster_view: ClusterView, lists: LeafListReader) -> LeafLists | None:
+async def sealed_lists(
+    manifest: Manifest, cluster_view: ClusterView, lists: LeafListReader, seals: SealKeeper
+) -> LeafLists | None:
     """Return the leaf lists of all weight files; None if one is not available, so that leaves cannot be verified.
 
-    A list is trusted by its digest, which is in the manifest of a node that has the model.
+    A list is trusted by its seal, and where nobody signs by its digest in the manifest of a node that has the model.
     """
-    by_blob: dict[str, bytes] = {}
+    by_blob: dict[str, tuple[bytes, LeafListSeal | None]] = {}
     for file in weight_files(manifest):
-        hashes = (
-            await _sealed_list(manifest, file, cluster_view, lists) if file.sha256 and file.leaf_list_digest else None
-        )
-        if hashes is None:
+        found = None
+        if file.sha256 and file.leaf_list_digest:
+            found = await _sealed_list(manifest, file, cluster_view, lists, seals)
+        if found is None:
             log.info("no sealed leaf list available, fetching the whole model", model=manifest.model, path=file.path)
             return None
-        by_blob[file.blob] = hashes
+        by_blob[file.blob] = found
     return by_blob or None
 
 
 async def _sealed_list(
-    manifest: Manifest, file: ManifestFile, cluster_view: ClusterView, lists: LeafListReader
-) -> bytes | None:
+    manifest: Manifest, file: ManifestFile, cluster_view: ClusterView, lists: LeafListReader, seals: SealKeeper
+) -> tuple[bytes, LeafListSeal | None] | None:
+    sealed = SealedList(file.sha256, file.size_bytes, file.leaf_list_digest)
     for holder in cluster_view.holders(file.blob, manifest):
         try:
-            hashes = await lists.leaf_list(holder.node, file.sha256, 0, leaf_list_size(file.size_bytes))
+            hashes, seal = await lists.sealed_leaf_list(holder.node, file.sha256, leaf_list_size(file.size_bytes))
         except ShoalError as e:
             log.info("a node did not return its leaf list", peer=holder.node, path=file.path, reason=e.message)
             continue
         if hash_leaf_list(hashes) == file.leaf_list_digest:
-            return hashes
+            if not (reason := await asyncio.to_thread(seals.refusal, seal, sealed)):
+                return hashes, seal
+            log.info("a leaf list does not count", peer=holder.node, path=file.path, reason=reason)
+            continue
         log.warning("a node returned a leaf list with the wrong digest", peer=holder.node, path=file.path)
     return None
 
@@ -79,9 +88,11 @@ class ShardFetch:
         context: DownloadContext,
         progress: Progress,
         files: FileFetcher,
+        peer: str,
     ) -> None:
         self._manifest, self._layers, self._lists = manifest, layers, lists
         self._context, self._progress, self._files = context, progress, files
+        self._peer = peer
         self._rounds = 0
         self._leaves: dict[str, int] = {}
         self._wanted: WantedFiles = []
@@ -116,8 +127,23 @@ class ShardFetch:
 
     async def seal(self) -> None:
         """Have storage verify the leaves and keep them. Raises BlobHashMismatch if some are corrupt."""
+        if self._peer:
+            await asyncio.to_thread(self._check_git_names)
         digests = {file.blob: file.leaf_list_digest for file in weight_files(self._manifest)}
-        await self._context.storage.seal_shard(self._manifest, self._layers, self._leaves, digests)
+        seals = {blob: seal for blob, (_, seal) in self._lists.items() if seal is not None}
+        await self._context.storage.seal_shard(self._manifest, self._layers, self._leaves, digests, seals)
+
+    def _check_git_names(self) -> None:
+        """Compare small files, which came by a node's sha256, with the hub's git sha1. Raises BlobHashMismatch."""
+        for file in self._manifest.files:
+            if not file.git_sha1 or not file.sha256:
+                continue
+            with self._open(file) as f:
+                digest = hashlib.sha1(b"blob %d\0" % file.size_bytes, usedforsecurity=False)
+                while chunk := f.read(LEAF_BYTES):
+                    digest.update(chunk)
+            if digest.hexdigest() != file.git_sha1:
+                raise BlobHashMismatch(f"{file.path} by the manifest of node {self._peer} is not the hub's file")
 
     async def _missing(self, reserved: ReserveResult, leaves: Mapping[str, int]) -> WantedFiles:
         """Return what to fetch. Counts what is present, and writes the leaf lists beside the partial blobs."""
@@ -135,7 +161,7 @@ class ShardFetch:
                 continue
             directory = self._context.layout.partial(blob)
             if blob in self._lists:
-                await asyncio.to_thread(_write_small, self._context.layout.partial_leaves(blob), self._lists[blob])
+                await asyncio.to_thread(_write_small, self._context.layout.partial_leaves(blob), self._lists[blob][0])
             bitmap = await asyncio.to_thread(read_bitmap, directory, file.size_bytes)
             durable = from_bitmap(bitmap.to_bytes())
             progress.set_durable_bytes(blob, leaf_set.byte_count(durable, file.size_bytes))

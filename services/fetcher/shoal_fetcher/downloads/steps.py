@@ -10,14 +10,16 @@ from msgspec import structs
 from shoal_common.errors import Denied, InternalError, ShoalError
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages.manifest import Manifest
-from shoal_common.messages.storage import GetManifest
-from shoal_common.names import ModelRef, is_commit, model_id
+from shoal_common.names import ModelRef, model_id
 from shoal_fetcher.downloads import events as ev
+from shoal_fetcher.downloads.manifest_source import ManifestSource
 from shoal_fetcher.downloads.model_fetch import DownloadContext, FetchPlan, FileFetcher, ModelFetch
 from shoal_fetcher.downloads.shard_fetch import ShardFetch, sealed_lists
 from shoal_fetcher.downloads.space_check import find_shortage
 from shoal_fetcher.downloads.state_machine import NO_PROGRESS_TIMEOUT_S
 from shoal_fetcher.progress import Progress
+from shoal_fetcher.sources.leaf_selection import weight_files
+from shoal_fetcher.sources.manifest_diff import by_git_name
 
 log = StructuredLogger("download")
 
@@ -40,8 +42,8 @@ class DownloadSteps:
         self._ref, self._layers, self._context, self._progress = ref, layers, context, progress
         self._is_needed_elsewhere = is_needed_elsewhere
         self._earlier_blobs = set(progress.state.blobs)
+        self._source = ManifestSource(ref, context)
         self._manifest: Manifest | None = None
-        self._files: FileFetcher | None = None
         self._plan: FetchPlan | None = None
         self._disk: tuple[object, ...] = ()
 
@@ -90,33 +92,24 @@ class DownloadSteps:
     async def _resolve(self) -> ev.DownloadEvent:
         """Get the manifest: from this node (even if incomplete), another that has the model, or the hub."""
         self._context.hub.tokens.forget_denial(self._ref.repo)
-        manifest = await self._own_manifest() or await self._peer_manifest() or await self._hub_manifest()
+        manifest = await self._source.own() or await self._source.of_nodes() or await self._hub_manifest()
         if self._progress.state.commit not in ("", manifest.commit):
             log.info("revision moved to another commit", model=str(self._ref), commit=manifest.commit)
             await self.release()
         self._progress.set_state(structs.replace(self._progress.state, commit=manifest.commit))
-        files = FileFetcher(str(self._ref), manifest, self._context, self._progress)
-        self._manifest, self._files = manifest, files
-        lists = None
-        if self._layers:
-            lists = await sealed_lists(manifest, self._context.cluster_view, self._context.leaf_lists)
+        self._manifest, lists = manifest, None
+        can_verify_parts = not (self._source.peer and any(f.git_sha1 for f in weight_files(manifest)))
+        if self._layers and can_verify_parts:
+            context = self._context
+            lists = await sealed_lists(manifest, context.cluster_view, context.leaf_lists, context.seals)
         if lists is None:
-            self._plan = ModelFetch(manifest, self._context, self._progress, files)
+            self._plan = self._whole_model()
             return ev.Resolved([])
-        self._plan = ShardFetch(manifest, self._layers, lists, self._context, self._progress, files)
+        files = FileFetcher(str(self._ref), manifest, self._context, self._progress)
+        self._plan = ShardFetch(
+            manifest, self._layers, lists, self._context, self._progress, files, self._source.peer
+        )
         return ev.Resolved(self._layers)
-
-    async def _peer_manifest(self) -> Manifest | None:
-        for node, model in self._context.cluster_view.nodes_holding(self._ref):
-            try:
-                manifest = await self._context.rpc("storage", node, "manifest", GetManifest(model=model), Manifest)
-            except ShoalError as e:
-                log.info("a node did not return its manifest", peer=node, reason=e.message)
-                continue
-            if manifest.model == model and manifest.sealed:
-                return structs.replace(manifest, revisions=[self._ref.revision])
-            log.warning("a node returned the wrong manifest", peer=node, model=model)
-        return None
 
     async def _hub_manifest(self) -> Manifest:
         """Ask the hub. If it refuses, wait for the model of a node to which it does not."""
@@ -129,7 +122,7 @@ class DownloadSteps:
         while hub.tokens.denial(self._ref.repo) is not None:
             progress.set_denied(True)
             version = cluster_view.version()
-            if (manifest := await self._peer_manifest()) is not None:
+            if (manifest := await self._source.of_nodes()) is not None:
                 return manifest
             others = cluster_view.allowed_by_hub(self._ref.repo, "")
             if not others or progress.stalled_s > NO_PROGRESS_TIMEOUT_S:
@@ -138,24 +131,19 @@ class DownloadSteps:
             await cluster_view.wait_changed(version, _POLL_INTERVAL_S)
         return await hub.resolve(self._ref)
 
-    async def _own_manifest(self) -> Manifest | None:
-        """Return this node's manifest of a commit, also of an incomplete model: repair needs no other node."""
-        if not is_commit(self._ref.revision):
-            return None  # only others know which commit a branch names now
-        request = GetManifest(model=str(self._ref), include_incomplete=True)
-        try:
-            manifest = await self._context.rpc("storage", self._context.node, "manifest", request, Manifest)
-        except ShoalError as e:
-            log.debug("no manifest on this node", model=str(self._ref), reason=e.message)
-            return None
-        return manifest if manifest.commit == self._ref.revision else None
-
     async def _reserve(self, plan: FetchPlan, again: bool) -> ev.DownloadEvent:
         reserved = await plan.reserve(again)
         if reserved.is_whole_model:
-            assert self._manifest is not None and self._files is not None
-            self._plan = ModelFetch(self._manifest, self._context, self._progress, self._files)
+            self._plan = self._whole_model()
         return reserved
+
+    def _whole_model(self) -> ModelFetch:
+        assert self._manifest is not None
+        if self._source.peer:
+            self._manifest, sha256_by_git_name = by_git_name(self._manifest)
+            self._context.cluster_view.learn_sha256(sha256_by_git_name)
+        files = FileFetcher(str(self._ref), self._manifest, self._context, self._progress)
+        return ModelFetch(self._manifest, self._context, self._progress, files)
 
     async def _check_space(self, check: ev.AskForSpace) -> ev.DownloadEvent:
         assert self._manifest is not None, "only a download that is resolved has met a full disk"

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterable, Mapping
 
 import msgspec
+from msgspec import structs
 
 from shoal_common.messages.downloads import DownloadState
 from shoal_common.messages.manifest import Manifest, ManifestFile
@@ -45,14 +46,19 @@ def holders(
     downloads: Iterable[DownloadState],
     reachable: Iterable[str],
     own_node: str,
+    sha256_by_git_name: Mapping[str, str],
 ) -> list[BlobHolder]:
-    """Return the live peers that have a blob of this model, by what they publish."""
+    """Return the live peers that have a blob of this model, by what they publish.
+
+    `sha256_by_git_name` are hints of what the small files of models are called.
+    """
     live = set(reachable) - {own_node}
     sha256_by_node: dict[str, str] = {}
     for model in models:
         # A node that has the model has its blobs by sha256; those known only by git's sha1 are in its download state.
-        if model.node in live and model.model == manifest.model and not blob.startswith("git-"):
-            sha256_by_node[model.node] = blob
+        sha256 = sha256_by_git_name.get(blob, blob)
+        if model.node in live and model.model == manifest.model and not sha256.startswith("git-"):
+            sha256_by_node[model.node] = sha256
     for download in downloads:
         if download.node not in live:
             continue
@@ -125,4 +131,4 @@ def with_known_sha256(manifest: Manifest, known: Mapping[str, str]) -> Manifest:
         ManifestFile(path=f.path, size_bytes=f.size_bytes, sha256=known.get(f.blob, f.sha256), git_sha1=f.git_sha1)
         for f in manifest.files  # leaf-list digests are set by storage
     ]
-    return Manifest(repo=manifest.repo, commit=manifest.commit, files=files, revisions=manifest.revisions)
+    return structs.replace(manifest, files=files)

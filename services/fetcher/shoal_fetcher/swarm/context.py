@@ -10,6 +10,7 @@ import msgspec
 from shoal_common.bus.connection import Nats
 from shoal_common.bus.kv_bucket import Buckets
 from shoal_common.errors import Denied
+from shoal_common.identity.seals import SealKeeper
 from shoal_common.messages.manifest import Manifest, ManifestFile
 from shoal_common.store.store_paths import StorePaths
 from shoal_fetcher.cluster_view import ClusterView
@@ -35,6 +36,7 @@ class NodeFetchContext(msgspec.Struct):
     peers: FileserverClient
     layout: StorePaths
     workers: LeafWorkers
+    seals: SealKeeper
     serves_peers: bool = True
     """Whether others may read from this node: else it must not be the one that reads for all."""
     read_counts: Counter[str] = msgspec.field(default_factory=Counter)

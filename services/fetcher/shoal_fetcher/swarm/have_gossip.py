@@ -20,6 +20,7 @@ from shoal_common.errors import BadMessage
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages import decode, encode
 from shoal_common.messages.downloads import HaveMessage
+from shoal_common.messages.manifest import LeafListSeal
 from shoal_common.store.bitmap import LEAF_BYTES, leaf_count
 from shoal_common.store.leaf_hash import HASH_BYTES
 from shoal_common.store.leaf_set import enclosing_range, from_bitmap, leaf_range, to_bitmap
@@ -47,6 +48,7 @@ class PeerHave(msgspec.Struct):
     wanted: int
     origin: bool
     sealed: str
+    seal: LeafListSeal | None
     at_s: float
     growth_bytes_per_s: float = 0.0
 
@@ -64,6 +66,7 @@ class HaveGossip:
         """Other nodes' last messages, by node."""
         self.origin = False
         self.sealed = ""
+        self.seal: LeafListSeal | None = None
         self._new_hashes = 0
         self._dirty = asyncio.Event()
         self._subscription: Subscription | None = None
@@ -120,6 +123,7 @@ class HaveGossip:
             first_hash_leaf=first,
             hashes=self._partial.leaf_list[first * HASH_BYTES : end * HASH_BYTES] if self.origin else b"",
             leaf_list_digest=self.sealed,
+            seal=self.seal,
             hello=hello,
             leaving=leaving,
         )
@@ -151,6 +155,7 @@ class HaveGossip:
                 wanted,
                 have.origin,
                 have.leaf_list_digest,
+                have.seal,
                 now_s,
             )
             if before is not None and before.uid == latest.uid and now_s > before.at_s:

@@ -7,8 +7,10 @@ import random
 from collections.abc import Coroutine
 
 from shoal_common.errors import ShoalError
+from shoal_common.identity.seals import SealedList
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages.downloads import HaveMessage
+from shoal_common.messages.manifest import LeafListSeal
 from shoal_common.store.leaf_hash import HASH_BYTES, hash_leaf_list, leaf_list_size
 from shoal_common.store.leaf_set import enclosing_range, leaf_range
 from shoal_fetcher.sources.source_selection import agreed_digest
@@ -31,6 +33,10 @@ class LeafListSync:
         self._fetch, self._gossip = fetch, gossip
         self.sealed_digest = ""
         """The digest, once it is sealed and the partial blob has this list."""
+        self.seal: LeafListSeal | None = None
+        """Who says so. Storage decides whether that counts, or hashes the blob by sha256."""
+        self.has_taken_list = False
+        """Whether a list from elsewhere has replaced what was known."""
         self.is_unavailable = False
         """A digest is sealed, and no node that can be asked has its list."""
         self._nodes_without_list: set[str] = set()
@@ -77,8 +83,10 @@ class LeafListSync:
         if self.sealed_digest or self._task is not None:
             return
         if digest := self.agreed_digest():
-            if partial.with_known_hash == partial.all_leaves and hash_leaf_list(partial.leaf_list) == digest:
-                self._use_sealed(digest)
+            seal = self._gossiped_seal(digest)
+            is_known = partial.with_known_hash == partial.all_leaves and hash_leaf_list(partial.leaf_list) == digest
+            if is_known and (seal or not fetch.node_context.seals.signs):
+                self._use_sealed(digest, seal)
             elif now_s >= self._retry_at_s:
                 holders = [h.node for h in fetch.holders()]
                 sealers = [
@@ -90,7 +98,9 @@ class LeafListSync:
                     self._nodes_without_list.clear()
                 nodes = [n for n in nodes if n not in self._nodes_without_list]
                 self.is_unavailable = not nodes
-                if nodes:
+                if is_known and not nodes:
+                    self._use_sealed(digest, None)
+                elif nodes:
                     self._start(self._read_sealed(digest, nodes))
         elif not self._gossip.origin and not fetch.health.trusts_one_source and now_s >= self._retry_at_s:
             missing_hashes = {n: leaves & ~partial.with_known_hash for n, leaves in reachable.items()}
@@ -99,6 +109,11 @@ class LeafListSync:
                 origin = fetch.node_context.cluster_view.origin_of(fetch.blob)
                 node = origin if origin in nodes else self._draw.choice(nodes)
                 self._start(self._read_provisional(node, missing_hashes[node]))
+
+    def _gossiped_seal(self, digest: str) -> LeafListSeal | None:
+        may_ask = self._fetch.health.may_ask
+        seals = (h.seal for h in self._gossip.by_node.values() if h.sealed == digest and may_ask(h.node))
+        return next((seal for seal in seals if seal is not None), None)
 
     def _start(self, work: Coroutine[None, None, None]) -> None:
         self._task = asyncio.create_task(work)
@@ -111,12 +126,13 @@ class LeafListSync:
             self.failed = error if isinstance(error, Exception) else None
         self._fetch.notify()
 
-    def seal(self, digest: str) -> None:
+    def use_own(self, digest: str, seal: LeafListSeal | None) -> None:
         """Seal the list: this node has hashed all leaves to the blob's name, and the list has this digest."""
-        self._use_sealed(digest)
+        self._use_sealed(digest, seal)
 
-    def _use_sealed(self, digest: str) -> None:
+    def _use_sealed(self, digest: str, seal: LeafListSeal | None) -> None:
         self.sealed_digest = self._gossip.sealed = digest
+        self.seal = self._gossip.seal = seal
         self._gossip.publish_soon()
         self._fetch.notify()
 
@@ -132,8 +148,8 @@ class LeafListSync:
         self._draw.shuffle(nodes)
         for node in nodes:
             try:
-                hashes = await fetch.node_context.peers.leaf_list(
-                    node, fetch.blob, 0, leaf_list_size(fetch.file.size_bytes)
+                hashes, seal = await fetch.node_context.peers.sealed_leaf_list(
+                    node, fetch.blob, leaf_list_size(fetch.file.size_bytes)
                 )
             except ShoalError as e:
                 log.info("a node did not send its leaf list", peer=node, blob=fetch.blob, reason=e.message)
@@ -143,12 +159,17 @@ class LeafListSync:
                 log.warning("node banned, its leaf list has the wrong digest", peer=node, blob=fetch.blob)
                 fetch.health.banned.add(node)
                 continue
+            seal = seal or self._gossiped_seal(digest)
+            sealed = SealedList(fetch.blob, fetch.file.size_bytes, digest)
+            if await asyncio.to_thread(fetch.node_context.seals.refusal, seal, sealed):
+                fetch.health.trusted_sources.add(node)  # only storage's sha256 can tell whether it lied
+            self.has_taken_list = True
             differing = await fetch.partial.apply_sealed_list(hashes)
             for trusted_source, leaves in self._leaves_trusted_from.items():
                 if leaves & differing:
                     log.warning("node banned, it sent wrong leaf hashes", peer=trusted_source, blob=fetch.blob)
                     fetch.health.banned.add(trusted_source)
-            return self._use_sealed(digest)
+            return self._use_sealed(digest, seal)
 
     async def _read_provisional(self, node: str, leaves: int) -> None:
         fetch = self._fetch

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 
 from shoal_common.concurrency.notifier import Notifier
 from shoal_common.errors import Corrupt, Denied, InternalError, ShoalError, Unavailable
+from shoal_common.identity.seals import SealedList
 from shoal_common.logs import StructuredLogger
 from shoal_common.store.bitmap import LEAF_BYTES
 from shoal_common.store.leaf_hash import hash_leaf_list
@@ -315,7 +317,11 @@ class Origin:
                 await asyncio.wait({sealing})
         if sha256 != fetch.blob:
             raise BlobHashMismatch(f"{fetch.file.path} hashes to {sha256[:16]}…", expected=fetch.blob, found=sha256)
-        self._lists.seal(hash_leaf_list(partial.leaf_list))
+        if self._lists.has_taken_list:
+            return  # what was hashed may not be what that list says
+        sealed = SealedList(fetch.blob, fetch.file.size_bytes, hash_leaf_list(partial.leaf_list))
+        seal = await asyncio.to_thread(fetch.node_context.seals.sign, sealed, time.time())
+        self._lists.use_own(sealed.leaf_list_digest, seal)
 
     async def _read(self, source: str | None) -> None:
         """Read until nothing is missing that no other node has."""

@@ -8,7 +8,10 @@ from collections.abc import Awaitable, Callable
 from shoal_common.bus import cluster_clock
 from shoal_common.errors import ShoalError, Unavailable
 from shoal_common.identity.peer_tokens import PeerTokens
+from shoal_common.identity.seals import SEAL_HEADER
+from shoal_common.identity.seals import from_text as seal_from_text
 from shoal_common.messages.liveness import NodeAddress
+from shoal_common.messages.manifest import LeafListSeal
 from shoal_common.names import check_blob
 from shoal_common.store.bitmap import LEAF_BYTES
 from shoal_common.store.leaf_set import leaf_range, to_bitmap
@@ -87,14 +90,24 @@ class FileserverClient:
 
     async def leaf_list(self, node: str, blob: str, start: int, size_bytes: int) -> bytes:
         """Return bytes [start, start + size_bytes) of a leaf list, read in pages."""
-        received = bytearray()
+        return (await self._leaf_list(node, blob, start, size_bytes))[0]
+
+    async def sealed_leaf_list(self, node: str, blob: str, size_bytes: int) -> tuple[bytes, LeafListSeal | None]:
+        """Return a whole leaf list of so many bytes, and the seal that the node has of it."""
+        hashes, text = await self._leaf_list(node, blob, 0, size_bytes)
+        return hashes, seal_from_text(text)
+
+    async def _leaf_list(self, node: str, blob: str, start: int, size_bytes: int) -> tuple[bytes, str]:
+        received, seal = bytearray(), ""
         while len(received) < size_bytes:
             offset = start + len(received)
             page = BytesSink(offset, min(PAGE_BYTES, size_bytes - len(received)))
             byte_range = {"Range": f"bytes={offset}-{offset + len(page.content) - 1}"}
-            await self._request(node, "GET", f"/v1/leaves/{check_blob(blob)}", byte_range, page, len(page.content))
+            path = f"/v1/leaves/{check_blob(blob)}"
+            reply = await self._request(node, "GET", path, byte_range, page, len(page.content))
+            seal = reply.headers.get(SEAL_HEADER.lower(), seal)
             received += page.content
-        return bytes(received)
+        return bytes(received), seal
 
     async def _request(
         self,

@@ -13,6 +13,7 @@ from shoal_common.concurrency.notifier import Notifier
 from shoal_common.errors import Corrupt, NotFound, ShoalError, Unavailable
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages.downloads import HaveMessage
+from shoal_common.messages.manifest import LeafListSeal
 from shoal_common.store.leaf_set import leaf_range, leaf_ranges
 from shoal_fetcher.hub.range_reader import was_timeout
 from shoal_fetcher.swarm.context import BlobFetchContext
@@ -87,8 +88,9 @@ class Swarm:
         self._reachable_leaves = None
         self._changed.notify()
 
-    async def run(self) -> str:
-        """Fetch all that is wanted. Returns the digest of the sealed leaf list; "" if only some leaves were wanted.
+    async def run(self) -> tuple[str, LeafListSeal | None]:
+        """Fetch all that is wanted. Returns the digest of the sealed leaf list, and its seal; "" if only some leaves
+        were wanted.
 
         Raises BlobHashMismatch if it is not the blob; DiskFull, ReservationLost; what keeps the hub from sending it;
         or Unavailable after too long without progress.
@@ -101,9 +103,9 @@ class Swarm:
                 self._raise_failures()
                 if not self._fetch.missing():
                     if self._fetch.wanted != self._partial.all_leaves:
-                        return ""
+                        return "", None
                     if self._lists.sealed_digest:
-                        return self._lists.sealed_digest
+                        return self._lists.sealed_digest, self._lists.seal
                 now_s = self._loop.time()
                 self._lists.refresh(self._reachable(), now_s)
                 self._origin.start_if_needed(now_s)

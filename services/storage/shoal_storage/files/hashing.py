@@ -29,6 +29,8 @@ class FileHashes(msgspec.Struct, frozen=True):
     leaf_hashes: bytes
     """BLAKE3 of each leaf, concatenated."""
     mtime_ns: int
+    by_leaf_list: bool = False
+    """Whether `sha256` follows from a leaf list that another node sealed; it was not computed here."""
 
 
 def hash_file(path: Path, with_git: bool, on_progress: Callable[[], None]) -> FileHashes:

@@ -93,8 +93,9 @@ def _file_bytes(size_bytes: int) -> int:
 
 
 def delete(layout: StorePaths, sha256: str) -> None:
-    """Delete the leaf hashes of a deleted blob. Absent already is fine; a start deletes one that comes back."""
+    """Delete the leaf hashes of a deleted blob, and their seal. Absent is fine; a start deletes what comes back."""
     layout.leaf_list(sha256).unlink(missing_ok=True)
+    layout.seal(sha256).unlink(missing_ok=True)
 
 
 def delete_orphans(layout: StorePaths, blobs: Container[str]) -> None:
@@ -105,5 +106,6 @@ def delete_orphans(layout: StorePaths, blobs: Container[str]) -> None:
                 path.unlink(missing_ok=True)
                 continue
             with suppress(BadName):  # a foreign file; left alone
-                if check_blob(path.name)[:2] == directory.name and path.name not in blobs:
+                sha256 = path.name.removesuffix(".seal")
+                if check_blob(sha256)[:2] == directory.name and sha256 not in blobs:
                     path.unlink(missing_ok=True)

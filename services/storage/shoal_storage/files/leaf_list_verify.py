@@ -65,7 +65,12 @@ def verify_leaves(
     if bad:
         raise CorruptLeaves(blob, bad)
     return FileHashes(
-        sha256=blob, git_sha1="", size_bytes=size_bytes, leaf_hashes=hashes, mtime_ns=file_stat.st_mtime_ns
+        sha256=blob,
+        git_sha1="",
+        size_bytes=size_bytes,
+        leaf_hashes=hashes,
+        mtime_ns=file_stat.st_mtime_ns,
+        by_leaf_list=True,
     )
 
 

@@ -11,9 +11,10 @@ from msgspec import structs
 from shoal_common.concurrency.cancellation import run_to_completion
 from shoal_common.concurrency.single_flight import SingleFlight
 from shoal_common.errors import BadInput, Corrupt, NotFound
+from shoal_common.identity.seals import SealedList
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages.envelope import Empty
-from shoal_common.messages.manifest import Manifest
+from shoal_common.messages.manifest import LeafListSeal, Manifest
 from shoal_common.messages.storage import (
     CommitBlob,
     CommittedBlob,
@@ -25,6 +26,7 @@ from shoal_common.messages.storage import (
     SealModel,
 )
 from shoal_common.names import ModelId, ModelRef, check_blob, check_model_id
+from shoal_common.store.bitmap import leaf_count
 from shoal_common.store.leaf_hash import hash_leaf_list
 from shoal_storage.admission.admission import Admission
 from shoal_storage.admission.manifest_check import check_manifest
@@ -33,6 +35,7 @@ from shoal_storage.eviction.executor import EvictionExecutor
 from shoal_storage.eviction.model_deleter import ModelDeleter
 from shoal_storage.eviction.planner import to_message
 from shoal_storage.files import leaf_hash_file
+from shoal_storage.files.hashing import FileHashes
 from shoal_storage.files.leaf_list_verify import CorruptLeaves, clear_leaves
 from shoal_storage.integrity.repair import create_partial
 from shoal_storage.ledger.entries import PartialBlobInfo
@@ -49,6 +52,8 @@ from shoal_storage.store.commit import (
     set_volume,
 )
 from shoal_storage.store.partials import has_partial, refresh_partial, verify_partial, write_partial
+from shoal_storage.store.seals import MIN_SEALED_LEAVES
+from shoal_storage.store.views import delete_view
 
 log = StructuredLogger("storage")
 
@@ -154,9 +159,9 @@ class FetchApi:
         """Verify a whole partial blob and commit it. Concurrent requests for one blob share the work."""
         blob = check_blob(request.blob)
         # Once begun it completes: half a commit would make the ledger wrong.
-        return await self._committing(blob, lambda: run_to_completion(self._commit(blob, request.leaf_list_digest)))
+        return await self._committing(blob, lambda: run_to_completion(self._commit(blob, request)))
 
-    async def _commit(self, blob: str, leaf_list_digest: str) -> CommittedBlob:
+    async def _commit(self, blob: str, request: CommitBlob) -> CommittedBlob:
         partial = self._ledger.arrivals.partials.get(blob)
         if partial is None:
             sha256 = self._ledger.sha256_by_git_name.get(blob, blob)
@@ -171,9 +176,10 @@ class FetchApi:
             raise NotFound(
                 f"the reservation of blob {blob[:16]}… has ended because nobody wanted it; reserve it again"
             )
+        sealed = SealedList(blob, partial.size_bytes, request.leaf_list_digest)
         try:
             # Hashing takes seconds per GB, so it runs outside the section; nobody else writes this partial blob.
-            digests = await asyncio.to_thread(verify_partial, self._store, blob, partial.size_bytes, leaf_list_digest)
+            digests = await asyncio.to_thread(self._verify, sealed, request.seal)
         except FileNotFoundError:
             raise NotFound(f"the partial blob {blob[:16]}… is gone; reserve it again") from None
         except CorruptLeaves as e:
@@ -193,6 +199,7 @@ class FetchApi:
             self._require_unchanged(blob, partial)
             for model in self._ledger.arrivals.record_sha256(blob, digests.sha256):
                 await asyncio.to_thread(self._metadata.write_reservation, model)
+            await asyncio.to_thread(self._context.seals.record, digests, request.seal)
             await asyncio.to_thread(commit_blob, self._store, blob, digests)
             self._ledger.commit_blob(blob, digests.sha256, digests.size_bytes)
         await self._publishing.publish_soon()
@@ -201,6 +208,15 @@ class FetchApi:
             size_bytes=digests.size_bytes,
             leaf_list_digest=hash_leaf_list(digests.leaf_hashes),
         )
+
+    def _verify(self, sealed: SealedList, seal: LeafListSeal | None) -> FileHashes:
+        """Hash a partial blob: by its list if that has a seal that counts here, else by sha256. Blocking."""
+        digest = sealed.leaf_list_digest
+        is_relayed = leaf_count(sealed.size_bytes) >= MIN_SEALED_LEAVES
+        if digest and (reason := self._context.seals.refusal(seal, sealed) if is_relayed else "it is small"):
+            log.info("leaf list does not count; hashing by sha256", blob=sealed.sha256, reason=reason)
+            digest = ""
+        return verify_partial(self._store, sealed.sha256, sealed.size_bytes, digest)
 
     def _require_unchanged(self, blob: str, verified: PartialBlobInfo) -> None:
         # Cancelled and reserved again while we hashed: its bytes are not those that were verified.
@@ -225,6 +241,7 @@ class FetchApi:
         except NotFound:
             await self._publishing.publish_soon()  # blobs are gone, and so may models be that need them
             raise
+        self._context.model_ready.set()
         await self._publishing.publish(manifest.model)
         if not was_complete:
             await self._context.events.emit("model_ready", model=manifest.model, size_bytes=manifest.size_bytes)
@@ -236,9 +253,13 @@ class FetchApi:
         was_complete = manifest.model in self._ledger.manifests
         stored = self._ledger.stored_manifests.get(manifest.model)
         names = sorted({*manifest.revisions, *(stored.revisions if stored else [])})
-        # A commit never changes: the sealed manifest stays, and only gains names and leaf list digests.
-        manifest = structs.replace(stored or manifest, revisions=names)
+        # A commit never changes: the sealed manifest stays, and only gains names and leaf list digests. One that the
+        # hub has not confirmed is no more than a node's word.
+        keeps = stored is not None and (not stored.unchecked_from or bool(manifest.unchecked_from))
+        manifest = structs.replace(stored if stored and keeps else manifest, revisions=names)
         await asyncio.to_thread(self._store.require_present)
+        if stored is not None and stored.blob_sizes != manifest.blob_sizes:
+            await asyncio.to_thread(delete_view, self._store.layout.view(manifest.model), stored)
         missing = await asyncio.to_thread(self._store.missing_blobs, manifest)
         for model in self._ledger.mark_missing(missing, also_in_libraries=True):
             log.warning("model is incomplete, blobs were deleted; pull it again", model=model)

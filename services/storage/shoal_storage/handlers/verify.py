@@ -10,6 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 
 import msgspec
 
@@ -32,8 +33,11 @@ VERIFY_DEADLINE_S = 3600.0
 """A terabyte takes about a quarter of it."""
 SCRUB_BYTES_PER_S = 20_000_000.0
 """Read rate of the background scrub: a small part of what any disk delivers."""
+SEAL_CHECK_BYTES_PER_S = 100_000_000.0
+"""Rate at which blobs are hashed that were ready by another node's seal: a fifth of a core at most."""
 REVERIFY_AFTER_S = 7 * 86400.0
 _SCRUB_INTERVAL_S = 60.0
+_SEAL_CHECK_INTERVAL_S = 600.0
 _PAUSE_BETWEEN_BLOBS_S = 0.05
 
 
@@ -69,10 +73,11 @@ class Verifier:
         hasher: UnverifiedBlobHasher,
         libraries: LibraryService,
         scrub_bytes_per_s: float = SCRUB_BYTES_PER_S,
+        seal_check_bytes_per_s: float = SEAL_CHECK_BYTES_PER_S,
     ) -> None:
         self._context, self._store, self._ledger = context, context.store, context.ledger
         self._hasher, self._libraries = hasher, libraries
-        self._scrub_bytes_per_s = scrub_bytes_per_s
+        self._scrub_bytes_per_s, self._seal_check_bytes_per_s = scrub_bytes_per_s, seal_check_bytes_per_s
         self._hash_lock = asyncio.Lock()
         self._waiting_commands = 0
         self._verified_s: dict[str, float] = {}
@@ -86,7 +91,7 @@ class Verifier:
         try:
             for sha256 in self._requested_blobs(command.model):
                 if self._ledger.blob_size(sha256) is not None:
-                    await self._verify_blob(sha256, report, slowly=False)
+                    await self._verify_blob(sha256, report)
         finally:
             self._waiting_commands -= 1
         report.incomplete = sorted(m.model for m in self._requested(command.model, self._ledger.incomplete))
@@ -132,20 +137,41 @@ class Verifier:
                 if self._ledger.blob_size(blob) is None:
                     continue
                 try:
-                    await self._verify_blob(blob, VerifyReport(), slowly=True)
+                    await self._verify_blob(blob, VerifyReport(), self._scrub_bytes_per_s)
                 except (OSError, ShoalError) as e:
                     log.warning("blob cannot be verified", blob=blob, error=str(e))
                 await asyncio.sleep(_PAUSE_BETWEEN_BLOBS_S)
             await asyncio.sleep(_SCRUB_INTERVAL_S)
 
-    async def _verify_blob(self, sha256: str, report: VerifyReport, slowly: bool) -> None:
+    async def check_seals_forever(self) -> None:
+        """Hash, forever, the blobs of ready models that only another node has hashed so far, and seal them."""
+        if not self._context.seals.signs:
+            return
+        while True:
+            self._context.model_ready.clear()
+            needed = {b: size for m in self._ledger.manifests.values() for b, size in m.blob_sizes.items()}
+            in_store = {b: size for b, size in needed.items() if b in self._ledger.blobs}  # a library's are hashed
+            for blob in await asyncio.to_thread(self._context.seals.not_hashed_here, in_store):
+                if blob not in self._ledger.blobs:
+                    continue
+                try:
+                    await self._verify_blob(blob, VerifyReport(), self._seal_check_bytes_per_s)
+                except (OSError, ShoalError) as e:
+                    log.warning("blob cannot be verified", blob=blob, error=str(e))
+                await asyncio.sleep(_PAUSE_BETWEEN_BLOBS_S)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_SEAL_CHECK_INTERVAL_S):
+                    await self._context.model_ready.wait()
+
+    async def _verify_blob(self, sha256: str, report: VerifyReport, bytes_per_s: float | None = None) -> None:
+        """Hash a blob, at this rate in the background, and act on what it finds."""
         abandoned = threading.Event()
 
         def throttle(chunk_bytes: int) -> None:
             if abandoned.is_set() or self._ledger.blob_size(sha256) is None:
                 raise _VerifyAborted
-            if slowly and not self._waiting_commands:
-                self._store.stopping.wait(chunk_bytes / self._scrub_bytes_per_s)
+            if bytes_per_s and not self._waiting_commands:
+                self._store.stopping.wait(chunk_bytes / bytes_per_s)
 
         async with self._hash_lock:
             try:
@@ -159,8 +185,8 @@ class Verifier:
             report.checked_bytes += checked.stat.size_bytes
             if checked.intact:
                 self._verified_s[sha256] = time.monotonic()
-                if not checked.has_leaf_hash_file:
-                    await self._write_leaf_hashes(checked)
+                if sha256 in self._ledger.blobs:
+                    await self._record_intact(checked)
                 return
         if sha256 not in self._ledger.blobs:
             await self._handle_bad_library_blob(sha256, checked, report)
@@ -168,11 +194,16 @@ class Verifier:
         # Shielded from the command's deadline: stopping halfway would leave the ledger wrong.
         await self._context.service.detached.run(self._handle_bad_blob(sha256, checked, report))
 
-    async def _write_leaf_hashes(self, checked: blob_check.VerificationResult) -> None:
+    async def _record_intact(self, checked: blob_check.VerificationResult) -> None:
+        seals, size_bytes = self._context.seals, checked.stat.size_bytes
         async with self._context.section as held:
             held.require()
             try:
-                await asyncio.to_thread(quarantine.write_leaf_hashes, self._store, checked)
+                if not checked.has_leaf_hash_file:
+                    await asyncio.to_thread(quarantine.write_leaf_hashes, self._store, checked)
+                unsealed = await asyncio.to_thread(seals.not_hashed_here, {checked.sha256: size_bytes})
+                if seals.signs and unsealed:
+                    await asyncio.to_thread(seals.record_hashed, checked.sha256, size_bytes, checked.leaf_hashes)
             except OSError as e:
                 log.warning("leaf hashes cannot be written", blob=checked.sha256, error=e.strerror)
 
@@ -196,13 +227,29 @@ class Verifier:
         report.models += models
         report.instances += instances_using(self._context, models)
 
+    async def _distrust_sealer(self, sealer: str, sha256: str, models: list[ModelId]) -> None:
+        """Let a node's seals count here no more: what it sealed as this blob is not the blob."""
+        log.warning(
+            "a node sealed a corrupt blob; its seals are not trusted here any more", sealer=sealer, blob=sha256
+        )
+        try:
+            await asyncio.to_thread(self._context.seals.distrust, sealer)
+        except OSError as e:
+            log.error("cannot record that a sealer is not trusted", sealer=sealer, reason=e.strerror)
+        self._context.publishing.notify()
+        await self._context.events.emit("sealer_distrusted", sealer=sealer, blob=sha256, models=models)
+
     async def _handle_bad_blob(
         self, sha256: str, checked: blob_check.VerificationResult | None, report: VerifyReport
     ) -> None:
+        sealer = ""
         async with self._context.section as held:
             if sha256 not in self._ledger.blobs:
                 return  # deleted while it was hashed
             if checked is not None:
+                sealer = await asyncio.to_thread(
+                    self._context.seals.sealer_of, sha256, checked.stat.size_bytes, checked.leaf_hashes
+                )
                 manifests = manifests_with_blob(sha256, self._ledger)
                 leases = list(self._ledger.uses.leases.values())
                 if not await asyncio.to_thread(quarantine.quarantine_blob, self._store, checked, manifests, leases):
@@ -238,3 +285,5 @@ class Verifier:
         await self._context.publishing.publish()
         if checked is not None:
             await self._context.events.emit("quarantined", blob=sha256, models=models, instances=instances)
+        if sealer:
+            await self._distrust_sealer(sealer, sha256, models)

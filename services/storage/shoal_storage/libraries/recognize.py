@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import posixpath
 import re
 from bisect import bisect_left
@@ -14,7 +13,7 @@ import msgspec
 
 from shoal_common.errors import BadName, ShoalError
 from shoal_common.messages import DECODE_ERRORS, decode
-from shoal_common.messages.manifest import Manifest, ManifestFile
+from shoal_common.messages.manifest import Manifest, ManifestFile, content_commit
 from shoal_common.names import LOCAL_REVISION, ModelId, ModelRef, check_commit, check_file_path
 from shoal_common.store.store_paths import FORMAT_VERSION, StorePaths
 from shoal_storage.admission.manifest_check import check_manifest
@@ -305,14 +304,6 @@ def is_verified(file: LibraryFile, verified: Mapping[str, VerifiedFile]) -> bool
 def is_corrupt(file: LibraryFile, known: VerifiedFile) -> bool:
     """Return whether a hashed file does not match its expected hash or an earlier one."""
     return known.corrupt or file.expected_hash not in ("", known.sha256, f"git-{known.git_sha1}")
-
-
-def content_commit(files: Iterable[ManifestFile]) -> str:
-    """Return a commit for a directory that has none: equal for equal files under equal names."""
-    digest = hashlib.sha1(usedforsecurity=False)
-    for f in sorted(files, key=lambda f: f.path):
-        digest.update(f"{f.path}\0{f.sha256}\n".encode())
-    return digest.hexdigest()
 
 
 def accept_models(candidates: Iterable[ModelCandidate], verified: Mapping[str, VerifiedFile]) -> AcceptanceResult:

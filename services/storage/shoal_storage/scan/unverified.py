@@ -88,10 +88,12 @@ class UnverifiedBlobHasher:
         if result.intact:
             if not await asyncio.to_thread(promote_to_blob, self._store, sha256, result):
                 return None
-            ledger.add_blob(sha256, result.stat.size_bytes)
+            size_bytes = result.stat.size_bytes
+            await asyncio.to_thread(self._context.seals.record_hashed, sha256, size_bytes, result.leaf_hashes)
+            ledger.add_blob(sha256, size_bytes)
             await drop_obsolete_quarantine(held, self._context)
             self._context.publishing.notify()
-            log.info("verified a copied-in blob", blob=sha256, size_bytes=result.stat.size_bytes)
+            log.info("verified a copied-in blob", blob=sha256, size_bytes=size_bytes)
             return await self._reconciler.complete_models(held)
         stamp = await asyncio.to_thread(mark_corrupt, self._store, sha256, result.stat)
         if stamp is None:

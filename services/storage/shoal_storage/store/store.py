@@ -65,6 +65,7 @@ class Store:
             paths.tombstones,
             paths.quarantine,
             paths.leases,
+            paths.distrusted,
         ):
             make_directory(directory)
         if not paths.version.exists():
