@@ -86,8 +86,6 @@ def _parameter(setting: Setting, flag: CliFlag, name: str, note: str) -> inspect
         text += "; repeatable"
     elif setting.choices:
         metavar = f"[{'|'.join(setting.choices)}]"
-    elif setting.text:
-        metavar = "TEXT"
     elif setting.unit:
         metavar = setting.unit.metavar
         text += f", like {setting.usage.example}" + (", or none" if setting.is_nullable else "")

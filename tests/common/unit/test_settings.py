@@ -102,8 +102,6 @@ def test_file_command_and_rest_agree_on_every_value(declared: Setting, value: An
 def test_the_environment_agrees_with_the_file_on_every_value(declared: Setting, value: Any) -> None:
     if declared.is_list != isinstance(value, list) or value is None:
         return  # has no text of its own in a variable
-    if declared.text and not isinstance(value, str):
-        return  # in a variable a number is the text of it
     items = [str(item) for item in value] if isinstance(value, list) else [str(value)]
     text = ":".join(items)
     if not text or (declared.is_list and (any(":" in i or not i for i in items) or items != value)):

@@ -60,7 +60,6 @@ async def test_a_changed_quota_applies_at_once_and_survives_a_kill(
                 "eviction_policy": "lru",
                 "headroom_bytes": 7,
                 "partial_retention_s": 604800,
-                "trust_sealers": "cluster",
                 "libraries": [],
                 "volumes": [],
                 "max_upload_bytes_per_s": None,

@@ -108,8 +108,6 @@ class PublishedSettings(TransferSettings, frozen=True):
         setting(
             "whose word that a blob is intact makes it ready before it is hashed here: cluster, none, or nodes",
             example='"a,b"',
-            flag=CliFlag("--trust-sealers"),
-            is_changeable=True,
         ),
     ] = "cluster"
 
