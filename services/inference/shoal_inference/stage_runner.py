@@ -20,11 +20,11 @@ from shoal_common.concurrency.backoff import Backoff
 from shoal_common.config import Config, is_loopback
 from shoal_common.errors import InternalError, ShoalError, StageLost, Unavailable, Unsupported, from_body
 from shoal_common.host.addresses import non_loopback
-from shoal_common.host.credentials import derive
 from shoal_common.host.interfaces import InterfaceMonitor
 from shoal_common.identity.node_identity import NodeIdentity
 from shoal_common.identity.peer_links import PeerLinks
 from shoal_common.identity.peer_secrets import PeerSecrets
+from shoal_common.identity.peer_tokens import mac_of
 from shoal_common.liveness.peer_failure import PeerFailureReporter
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages import downloads, encode
@@ -221,7 +221,7 @@ class StageRunner:
     def _secret_of(self, rank: int) -> bytes:
         """Return the instance's secret with the node of a neighbour. Raises Denied if that is no member."""
         neighbour = self._spec.stages[rank % len(self._spec.stages)].node
-        return derive(self._secrets.shared_with(neighbour), f"activations/{self._spec.id}").encode()
+        return mac_of(self._secrets.shared_with(neighbour), f"activations/{self._spec.id}").encode()
 
     async def _keep_linked(self, process: StageProcess) -> None:
         """Send the process its successor's address, now and at every change."""

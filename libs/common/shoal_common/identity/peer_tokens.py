@@ -43,7 +43,7 @@ class PeerTokens:
         secret, until_s = self._secrets.shared_with(serving), int(now_s) + LIFETIME_S
         if not secret:
             return {}
-        return {"Authorization": f"Shoal {self._node}.{until_s}.{_mac(secret, f'blob/{serving}/{blob}/{until_s}')}"}
+        return {"Authorization": f"Shoal {self._node}.{until_s}.{mac_of(secret, f'blob/{serving}/{blob}/{until_s}')}"}
 
     def allows(self, blob: str, headers: Mapping[str, str], now_s: float) -> bool:
         """Return whether a request may read this blob here. `headers` must look names up case-insensitively."""
@@ -66,7 +66,7 @@ class PeerTokens:
         secret = self._secrets.shared_with(serving)
         if not secret:
             return {}
-        return {"node": self._node, "until": str(until_s), "key": _mac(secret, f"url/{serving}/{blob}/{until_s}")}
+        return {"node": self._node, "until": str(until_s), "key": mac_of(secret, f"url/{serving}/{blob}/{until_s}")}
 
     def query_allows(self, blob: str, query: Mapping[str, str], now_s: float) -> bool:
         """Return whether a URL's query allows reading this blob here."""
@@ -80,10 +80,11 @@ class PeerTokens:
             secret = self._secrets.shared_with(asking)
         except (BadName, Denied):
             return False
-        return bool(secret) and mac.isascii() and hmac.compare_digest(mac, _mac(secret, text))
+        return bool(secret) and mac.isascii() and hmac.compare_digest(mac, mac_of(secret, text))
 
 
-def _mac(secret: str, text: str) -> str:
+def mac_of(secret: str, text: str) -> str:
+    """Return what proves knowledge of a secret to who shares it: HMAC-SHA256 of a text that says for what, as hex."""
     return hmac.digest(secret.encode(), f"shoal/v1/{text}".encode(errors="replace"), "sha256").hex()
 
 
