@@ -58,6 +58,7 @@ class Node:
         lines += [
             f"{n} = {json.dumps([sys.executable, '-S', '-I', str(STANDIN), b])}" for n, b in all_behaviours.items()
         ]
+        lines += ["[gateway]", 'tls = "off"']  # the stand-in speaks none
         (self.home.root / "node.toml").write_text("\n".join(lines))
 
     def command(self, *arguments: str) -> list[str]:

@@ -34,7 +34,7 @@ def test_an_open_home_becomes_private_and_libraries_stay(tmp_path: Path) -> None
     with usual_umask():
         for directory in (home / "log", home / "run", home / "nats", home / "store", library):
             directory.mkdir(parents=True)
-        for name in ("node.toml", "secret", "chat_history", "log/storage.log", "log/storage.log.1", "run/lock"):
+        for name in ("node.toml", "api.key", "chat_history", "log/storage.log", "log/storage.log.1", "run/lock"):
             (home / name).write_text("x")
     (home / "models").symlink_to(library)
     make_home(home)
