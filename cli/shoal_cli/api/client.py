@@ -13,7 +13,7 @@ import msgspec
 
 from shoal_cli.node.node_plan import GATEWAY_PORT, LOOPBACK
 from shoal_cli.node_home import Home, read_or_empty
-from shoal_common.config import read_settings_file
+from shoal_common.config import saved_node_id
 from shoal_common.errors import BadInput, Denied, ErrorBody, Expired, InternalError, Unavailable, from_body
 from shoal_common.identity.api_key import API_KEY_VARIABLE, read_api_key
 from shoal_common.identity.certificates import node_host
@@ -252,7 +252,7 @@ def resolve_gateway(explicit: str, home: Home, environ: Mapping[str, str]) -> Ga
 
 def own_identity(home: Home) -> NodeIdentity | None:
     """Return the identity of this machine's node; None outside a cluster."""
-    node = str(read_settings_file(home.root).get("id", ""))
+    node = saved_node_id(home.root)
     return load_identity(home.root, check_node(node)) if node else None
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 from shoal_cli.node_home import Home
-from shoal_common.config import read_settings_file
+from shoal_common.config import saved_node_id
 from shoal_common.errors import ShoalError
 from shoal_common.hub_token import GivenToken, check_token, give_token, read_endpoint
 from shoal_common.redaction import remember_secret
@@ -27,7 +27,7 @@ def hand_over_token(
         token = read_token()
         if not token:
             return ""
-        own = str(read_settings_file(home.root).get("id", ""))
+        own = saved_node_id(home.root)
         if not own:
             return "your token stays on this machine, which runs no node: pull on the node itself"
         if nodes is not None and (own not in nodes if nodes else not is_own_gateway):

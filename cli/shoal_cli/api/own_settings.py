@@ -13,7 +13,7 @@ from shoal_cli.api.client import GatewayClient
 from shoal_cli.api.node_answers import NodeSelection
 from shoal_cli.api.schema import JsonObject
 from shoal_cli.node_home import Home
-from shoal_common.config import read_settings_file, settings_path
+from shoal_common.config import read_settings_file, saved_node_id, settings_path
 from shoal_common.errors import BadInput, Expired, Refused, ShoalError, Unavailable
 from shoal_common.settings.declaration import Value
 from shoal_common.settings.node import StorageSettings
@@ -30,7 +30,7 @@ def own_node(home: Home, gateway: GatewayClient, selection: NodeSelection, is_gi
         raise BadInput(
             "libraries and volumes are set on one node at a time: leave out --all, and run this on each node"
         )
-    own, meant = str(read_settings_file(home.root).get("id", "")), selection.node
+    own, meant = saved_node_id(home.root), selection.node
     if not meant:
         try:
             meant = str(gateway.get("/v1/storage", JsonObject).get("node", ""))

@@ -11,7 +11,7 @@ from shoal_cli.cli_context import CliContext
 from shoal_cli.command_app import CommandHelp, new_app
 from shoal_cli.commands import completion
 from shoal_cli.commands.options import GatewayOption, HomeOption, JsonOption
-from shoal_common.config import read_settings_file
+from shoal_common.config import saved_node_id
 from shoal_common.errors import NotFound, Unavailable
 from shoal_common.identity.api_key import API_KEY_VARIABLE, ensure_api_key
 from shoal_common.messages.views import StatusView
@@ -76,6 +76,6 @@ def hub_endpoint(status: StatusView, name: str) -> str:
 
 
 def _key_of(name: str, cli: CliContext) -> str:
-    if name == read_settings_file(cli.home.root).get("id"):
+    if name == saved_node_id(cli.home.root):
         return ensure_api_key(cli.home.root)
     return cli.environ.get(API_KEY_VARIABLE, "").strip()

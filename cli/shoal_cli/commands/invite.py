@@ -35,7 +35,7 @@ def invite(
 ) -> int:
     """Print a code that lets one machine into this node's cluster."""
     from shoal_cli.node.control import ControlRequest, InviteReply, ask  # noqa: PLC0415
-    from shoal_common.identity.node_identity import write_private  # noqa: PLC0415
+    from shoal_common.host.private_files import replace_private  # noqa: PLC0415
 
     cli = CliContext(ctx, as_json)
     lifetime_s = parse_duration_s(lifetime)
@@ -48,7 +48,7 @@ def invite(
     cli.print(f"on the other machine, within {format_duration(lifetime_s)}:")
     cli.print(f"    shoal join {reply.address}")
     if file:
-        write_private(Path(file), f"{reply.code}\n".encode())
+        replace_private(Path(file), f"{reply.code}\n".encode())
         cli.print(f"with --code-file and a copy of {file}, which lets in one machine")
     else:
         cli.print("and enter this code, which lets in one machine:")

@@ -42,9 +42,8 @@ def join(
     """
     from shoal_cli.membership.invite_code import parse_code  # noqa: PLC0415
     from shoal_cli.membership.join import join as join_cluster  # noqa: PLC0415
-    from shoal_cli.node.node_plan import NATS_PORT  # noqa: PLC0415
     from shoal_cli.node_home import RunLock  # noqa: PLC0415
-    from shoal_common.config import ensure_node_id  # noqa: PLC0415
+    from shoal_common.config import NATS_PORT, ensure_node_id  # noqa: PLC0415
     from shoal_common.identity.node_identity import NodeIdentity  # noqa: PLC0415
 
     cli = CliContext(ctx)

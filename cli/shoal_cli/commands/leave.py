@@ -18,7 +18,7 @@ def leave(ctx: typer.Context, home: HomeOption = "") -> int:
     from shoal_cli.membership.join import leave as leave_cluster  # noqa: PLC0415
     from shoal_cli.membership.operator_files import OperatorFiles  # noqa: PLC0415
     from shoal_cli.node_home import RunLock  # noqa: PLC0415
-    from shoal_common.config import ensure_node_id, read_settings_file  # noqa: PLC0415
+    from shoal_common.config import cluster_servers, ensure_node_id, read_settings_file  # noqa: PLC0415
     from shoal_common.identity.node_identity import NodeIdentity  # noqa: PLC0415
 
     cli = CliContext(ctx)
@@ -32,7 +32,7 @@ def leave(ctx: typer.Context, home: HomeOption = "") -> int:
         if not identity.is_member:
             cli.print(f"node {node} belongs to no cluster")
             return 0
-        servers = read_settings_file(cli.home.root).get("cluster", {}).get("nats", [])
+        servers = cluster_servers(read_settings_file(cli.home.root))
         problem = leave_cluster(identity, cli.home.root, servers)
     finally:
         lock.release()

@@ -11,7 +11,8 @@ from shoal_cli.cli_context import CliContext
 from shoal_cli.command_app import CommandHelp, new_app
 from shoal_cli.commands.options import HomeOption, in_range
 from shoal_cli.commands.setting_options import NONE_GIVEN, GivenSettings, setting_options
-from shoal_cli.node.node_plan import GATEWAY_PORT, NATS_PORT, READY_DEADLINE_S, UpOptions
+from shoal_cli.node.node_plan import GATEWAY_PORT, READY_DEADLINE_S, UpOptions
+from shoal_common.config import NATS_PORT
 from shoal_common.names import SERVICES, check_node
 from shoal_common.settings.node import StorageSettings
 from shoal_common.settings.values import changeable

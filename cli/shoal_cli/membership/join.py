@@ -16,16 +16,19 @@ from nats.errors import NoRespondersError
 from shoal_cli.membership.invite_code import FINGERPRINT_BYTES, InviteCode
 from shoal_cli.membership.machine_hosts import machine_hosts
 from shoal_cli.membership.permissions import join_inbox
+from shoal_cli.node.node_plan import bracketed
 from shoal_common import VERSION
 from shoal_common.bus import subjects
 from shoal_common.bus.connection import NatsLogin, connected, login_of
-from shoal_common.errors import Denied, Expired, Refused, Unavailable, from_body
+from shoal_common.config import CLUSTER_SECTION
+from shoal_common.errors import Denied, Expired, Refused, Unavailable
 from shoal_common.identity.certificates import fingerprint
 from shoal_common.identity.node_identity import CLI, NodeIdentity
 from shoal_common.identity.tls import client_context, unverified_context
-from shoal_common.messages import decode, encode
-from shoal_common.messages.envelope import Empty, RpcReply
+from shoal_common.messages import encode
+from shoal_common.messages.envelope import Empty
 from shoal_common.messages.membership import JoinReply, JoinRequest
+from shoal_common.rpc.request_reply import result_of
 from shoal_common.settings_file import change_settings
 
 T = TypeVar("T")
@@ -34,7 +37,6 @@ _TIMEOUT_S = 10.0
 _FIRST_LOGIN_S = 10.0
 """For the server to read its new configuration."""
 _RETRY_S = 0.1
-CLUSTER_SECTION = "cluster"
 
 
 def join(
@@ -58,7 +60,7 @@ def join(
         signing_request=identity.signing_request(),
         hosts=machine_hosts(environ),
     )
-    server = f"tls://{f'[{host}]' if ':' in host else host}:{port}"
+    server = f"tls://{bracketed(host)}:{port}"
     login = NatsLogin(code.key, join_inbox(code.id), client_context(authority))
     reply = asyncio.run(_request(server, login, subjects.join(code.id), request, JoinReply))
     servers = list(dict.fromkeys([server, *reply.nats]))
@@ -130,10 +132,7 @@ async def _request(server: str, login: NatsLogin, subject: str, request: object,
         raise Unavailable("the operator's node does not answer: is its `shoal up` still running?") from None
     except NatsError as e:
         raise Unavailable(f"the operator's node did not answer ({type(e).__name__}): try again") from None
-    answer = decode(message.data, RpcReply)
-    if answer.error is not None:
-        raise from_body(answer.error)
-    return decode(bytes(answer.result), kind)
+    return result_of(message.data, kind)
 
 
 async def _request_any(servers: list[str], identity: NodeIdentity) -> None:

@@ -38,8 +38,8 @@ _CHECK_INTERVAL_S = 20.0
 class Operator:
     """Changes who is a member. `reload_users` writes the NATS server's configuration again and has it read."""
 
-    def __init__(self, files: OperatorFiles, node: str, reload_users: Callable[[], None], replicas: int = 1) -> None:
-        self._files, self._node, self._replicas, self._reload_users = files, node, replicas, reload_users
+    def __init__(self, files: OperatorFiles, node: str, reload_users: Callable[[], None]) -> None:
+        self._files, self._node, self._reload_users = files, node, reload_users
         self.is_ready = False
         """Whether the streams and the members' keys are there."""
         self._cluster_urls: list[str] = []
@@ -57,7 +57,7 @@ class Operator:
             while True:
                 seen = nats.reconnects.count
                 try:
-                    await ensure_streams(nats.js, self._replicas)
+                    await ensure_streams(nats.js)
                     await self._publish_members()
                     self.is_ready = True
                     on_ready()

@@ -28,10 +28,10 @@ from shoal_cli.membership.invite_code import InviteCode, new_code
 from shoal_common import VERSION
 from shoal_common.errors import BadInput, BadMessage, NotFound, Refused
 from shoal_common.host.file_kinds import read_text_file
-from shoal_common.host.private_files import make_private_directory
+from shoal_common.host.private_files import make_private_directory, replace_private
 from shoal_common.identity import certificates
 from shoal_common.identity.nkey import Nkey
-from shoal_common.identity.node_identity import NodeIdentity, write_private
+from shoal_common.identity.node_identity import NodeIdentity
 from shoal_common.messages import WireStruct, decode, encode
 from shoal_common.messages.membership import JoinRequest, Member
 
@@ -69,10 +69,10 @@ class OperatorFiles:
         identity.create()
         if not self._authority_key_file.exists() or not self._authority_file.exists():
             key, authority = certificates.create_authority(identity.node)
-            write_private(self._authority_key_file, certificates.key_to_pem(key))
-            write_private(self._authority_file, authority)
+            replace_private(self._authority_key_file, certificates.key_to_pem(key))
+            replace_private(self._authority_file, authority)
         if not self._operator_file.exists():
-            write_private(self._operator_file, f"{Nkey.create().text}\n".encode())
+            replace_private(self._operator_file, f"{Nkey.create().text}\n".encode())
         self._certify_nats(identity.node, hosts)
         certificate = self._issue(identity.signing_request(), identity.node, hosts)
         identity.save({"ca.crt": self.authority.decode(), "node.crt": certificate})
@@ -127,7 +127,7 @@ class OperatorFiles:
         if node not in members:
             raise NotFound(f"node {node[:80]!r} does not belong to this cluster; {', '.join(members)} do")
         del members[node]
-        write_private(self._members_file, encode(_Members(members=members)))
+        replace_private(self._members_file, encode(_Members(members=members)))
         # What it was invited by would let it ask again.
         self._save_invitations([i for i in self.invitations() if i.used_by != node])
 
@@ -141,11 +141,11 @@ class OperatorFiles:
 
     def _certify_nats(self, node: str, hosts: Sequence[str]) -> None:
         if not self.nats_key_file.exists():
-            write_private(self.nats_key_file, certificates.key_to_pem(certificates.new_key()))
+            replace_private(self.nats_key_file, certificates.key_to_pem(certificates.new_key()))
         key = certificates.key_from_pem(self._read(self.nats_key_file).encode())
         certificate = self._issue(certificates.signing_request(key, node), node, [certificates.NATS_HOST, *hosts])
         # With the authority's: whoever joins finds there what the invitation's fingerprint is of.
-        write_private(self.nats_certificate_file, certificate.encode() + self.authority)
+        replace_private(self.nats_certificate_file, certificate.encode() + self.authority)
 
     def _member(self, node: str, certificate: str, nkeys: dict[str, str]) -> Member:
         before = self.members().get(node)
@@ -153,10 +153,10 @@ class OperatorFiles:
         return Member(node=node, certificate=certificate, nkeys=nkeys, joined_at_s=joined_at_s)
 
     def _save_member(self, member: Member) -> None:
-        write_private(self._members_file, encode(_Members(members={**self.members(), member.node: member})))
+        replace_private(self._members_file, encode(_Members(members={**self.members(), member.node: member})))
 
     def _save_invitations(self, invitations: list[Invitation]) -> None:
-        write_private(self._invitations_file, encode(_Invitations(invitations=invitations)))
+        replace_private(self._invitations_file, encode(_Invitations(invitations=invitations)))
 
     def _load(self, path: Path, kind: type[T]) -> T:
         if not path.exists():

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from shoal_common.config import is_loopback
+from shoal_common.config import NATS_PORT, cluster_servers, is_loopback
 from shoal_common.errors import BadInput, Refused
 from shoal_common.names import SERVICES
 from shoal_common.redaction import HUB_TOKENS
@@ -18,7 +18,6 @@ from shoal_common.settings.declaration import Value
 from shoal_common.settings.node import PortSettings, StorageSettings
 from shoal_common.settings.values import by_section, changeable, read_settings
 
-NATS_PORT = 4222
 GATEWAY_PORT = PortSettings().gateway_port
 LOOPBACK = "127.0.0.1"
 ALL_INTERFACES = "0.0.0.0"
@@ -140,7 +139,7 @@ def _changes(options: UpOptions, environ: Mapping[str, str], settings: Mapping[s
 
 
 def _nats_servers(options: UpOptions, environ: Mapping[str, str], settings: Mapping[str, Any]) -> list[str]:
-    in_file = settings.get("cluster", {}).get("nats") or settings.get("nats", [])
+    in_file = cluster_servers(settings) or settings.get("nats", [])
     if not isinstance(in_file, list) or not all(isinstance(u, str) for u in in_file):
         raise BadInput('`nats` in node.toml must be a list of URLs: nats = ["nats://host:4222"]')
     given = options.nats or [s.strip() for s in environ.get("SHOAL_NATS", "").split(",") if s.strip()] or in_file

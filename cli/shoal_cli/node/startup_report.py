@@ -82,10 +82,11 @@ def print_report(report: StartupReport, out: Console, err: Console, detached: bo
         err.print(Text(f"    more in {child.log}", style="dim"), soft_wrap=True)
     if report.not_ready:
         return
-    rows = [("page", f"{report.gateway}/"), ("API", f"{report.gateway}/v1")] if report.gateway else []
-    rows += [("key", "`shoal key` prints it; on Linux you need none on this machine")] if report.gateway else []
-    rows += [("NATS", ", ".join(report.nats))]
-    rows += [("services", " ".join(report.ready)), ("logs", report.logs)]
+    rows = []
+    if report.gateway:
+        rows = [("page", f"{report.gateway}/"), ("API", f"{report.gateway}/v1")]
+        rows.append(("key", "`shoal key` prints it; on Linux you need none on this machine"))
+    rows += [("NATS", ", ".join(report.nats)), ("services", " ".join(report.ready)), ("logs", report.logs)]
     if report.bind:
         rows.append(("bound to", report.bind))
     out.print(Text.assemble(("  node ", ""), (report.node, "bold cyan"), (f" is up, pid {report.pid}", "")))

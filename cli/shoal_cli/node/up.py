@@ -25,7 +25,7 @@ from shoal_cli.node.startup_report import StartupReport, print_report, startup_e
 from shoal_cli.node.supervisor import Supervisor
 from shoal_cli.node_home import Home, RunLock
 from shoal_common import logs
-from shoal_common.config import ensure_node_id, read_settings_file
+from shoal_common.config import ensure_node_id, read_settings_file, saved_node_id
 from shoal_common.errors import BadInput, InternalError, Refused, from_body
 from shoal_common.host.file_kinds import wrong_kinds_named
 from shoal_common.host.own_process import file_limit_problem, python_environment, set_up_process
@@ -89,7 +89,7 @@ def _run_locked(
     report_line: Callable[[str], None],
     file_limit: int,
 ) -> None:
-    refuse_copy(home, str(read_settings_file(home.root).get("id", "")))
+    refuse_copy(home, saved_node_id(home.root))
     RunLock(home).acquire()
     try:
         plan = _plan(options, environ, home)

@@ -31,13 +31,16 @@ from shoal_common.errors import BadInput, BadName, Refused
 from shoal_common.host import addresses
 from shoal_common.host.file_kinds import read_text_file
 from shoal_common.host.interfaces import Interface
-from shoal_common.host.private_files import FILE_MODE, directory_locked, make_home, open_private
+from shoal_common.host.private_files import directory_locked, make_home, open_private, replace_private
 from shoal_common.identity.node_identity import NodeIdentity, load_identity
 from shoal_common.messages.liveness import NodeAddress
 from shoal_common.names import check_node, node_id_from_hostname
 from shoal_common.settings.node import StorageSettings
 from shoal_common.settings.values import read_valid_settings
 
+NATS_PORT = 4222
+CLUSTER_SECTION = "cluster"
+"""Of node.toml: where the cluster is that this node has joined."""
 _RESERVED_IDS = {ANY: "stands for all nodes", "hub": "is the hub's name in downloads"}
 
 
@@ -116,6 +119,11 @@ def read_settings_file(home: Path) -> dict[str, Any]:
         raise BadInput(f"{path} cannot be read: {e}; correct that line, or put the file back from a copy") from None
 
 
+def saved_node_id(home: Path) -> str:
+    """Return the id of the node of a home; "" where there is none yet. Raises BadInput for a damaged file."""
+    return str(read_settings_file(home).get("id", ""))
+
+
 def ensure_node_id(home: Path, hostname: str | None = None) -> str:
     """Return this node's id, created at the first start and permanent from then on (I8).
 
@@ -168,24 +176,7 @@ def _refuse_lost_id(home: Path, given: str | None) -> None:
 
 def write_settings(home: Path, data: bytes) -> None:
     """Replace this home's node.toml durably, or leave the old one. It is private: it may hold a secret."""
-    path = settings_path(home).resolve()  # the file may be a link
-    new = path.with_suffix(".new")
-    try:
-        with os.fdopen(open_private(new, os.O_WRONLY | os.O_TRUNC), "wb") as f:
-            os.fchmod(f.fileno(), FILE_MODE)  # what a killed process left may have another
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        new.replace(path)
-    except OSError:
-        with suppress(OSError):
-            new.unlink()  # half a file does no harm, but is of no use
-        raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    replace_private(settings_path(home).resolve(), data)  # the file may be a link
 
 
 def _usable_id(node: str) -> str:
@@ -196,10 +187,19 @@ def _usable_id(node: str) -> str:
     return node
 
 
+def cluster_servers(settings: Mapping[str, Any]) -> Any:
+    """Return the NATS servers of the cluster that this node has joined, as node.toml has them; empty if none."""
+    return settings.get(CLUSTER_SECTION, {}).get("nats", [])
+
+
+def local_server(is_member: bool) -> str:
+    """Return the URL of a NATS server of this machine on the usual port: a cluster's speaks TLS."""
+    return f"{'tls' if is_member else 'nats'}://127.0.0.1:{NATS_PORT}"
+
+
 def _nats_servers(environ: Mapping[str, str], settings: Mapping[str, Any], is_member: bool) -> list[str]:
     given = [s.strip() for s in environ.get("SHOAL_NATS", "").split(",") if s.strip()]
-    joined = settings.get("cluster", {}).get("nats", [])
-    return given or [str(s) for s in joined] or ["tls://127.0.0.1:4222" if is_member else "nats://127.0.0.1:4222"]
+    return given or [str(s) for s in cluster_servers(settings)] or [local_server(is_member)]
 
 
 def read_config(service: str, environ: Mapping[str, str]) -> Config:

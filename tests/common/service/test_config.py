@@ -48,7 +48,7 @@ def test_I8_a_persons_settings_stay_when_the_id_is_added(tmp_path: Path) -> None
 
 
 def test_I6_a_kill_between_write_and_rename_leaves_no_obstacle(tmp_path: Path) -> None:
-    (tmp_path / "node.new").write_text('id = "half-wri')
+    (tmp_path / "node.toml.new").write_text('id = "half-wri')
     node = ensure_node_id(tmp_path)
     assert ensure_node_id(tmp_path) == node
 

@@ -23,8 +23,8 @@ def test_a_change_of_settings_makes_the_file_private(tmp_path: Path) -> None:
     home.mkdir(0o755)
     (home / "node.toml").write_text('id = "a"\n')
     (home / "node.toml").chmod(0o644)
-    (home / "node.new").write_text("of a killed process")
-    (home / "node.new").chmod(0o644)
+    (home / "node.toml.new").write_text("of a killed process")
+    (home / "node.toml.new").chmod(0o644)
     change_settings(home, {"storage": {"headroom_bytes": 5}}, lambda _: None)
     assert open_to_others(home) == []
 

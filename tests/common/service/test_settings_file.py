@@ -180,7 +180,7 @@ def test_what_the_caller_does_not_accept_is_not_written(tmp_path: Path) -> None:
 
 def test_a_file_that_cannot_be_written_is_an_error_and_stays(tmp_path: Path) -> None:
     (tmp_path / "node.toml").write_text("# mine\n")
-    (tmp_path / "node.new").mkdir()  # blocks the new file, also for root
+    (tmp_path / "node.toml.new").mkdir()  # blocks the new file, also for root
     with pytest.raises(InternalError, match="cannot be written: Is a directory; nothing was changed"):
         change(tmp_path, {"headroom_bytes": 5})
     assert (tmp_path / "node.toml").read_text() == "# mine\n"

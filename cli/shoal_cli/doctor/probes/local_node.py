@@ -14,9 +14,9 @@ import msgspec
 from shoal_cli.doctor.checks.services import SupervisorState
 from shoal_cli.node.control import ControlRequest, SupervisorStatus, ask
 from shoal_cli.node.logs.log_rotation import tail
-from shoal_cli.node.node_plan import NATS_PORT, without_token
+from shoal_cli.node.node_plan import without_token
 from shoal_cli.node_home import Home, read_or_empty
-from shoal_common.config import read_settings_file, store_directory
+from shoal_common.config import cluster_servers, local_server, read_settings_file, store_directory
 from shoal_common.errors import ShoalError
 from shoal_common.identity.node_identity import NodeIdentity, load_identity
 from shoal_common.messages import decode
@@ -83,12 +83,12 @@ def servers_of(
 
     The supervisor reports them without credentials: those in a configured URL are put back.
     """
-    in_file = settings.get("cluster", {}).get("nats") or settings.get("nats", [])
+    in_file = cluster_servers(settings) or settings.get("nats", [])
     configured = [u for u in in_file if isinstance(u, str)] if isinstance(in_file, list) else []
     explicit = [u.strip() for u in environ.get("SHOAL_NATS", "").split(",") if u.strip()] or configured
     full = [u if "://" in u else f"nats://{u}" for u in explicit]
     if status is None:
-        return (full, False) if full else ([f"{'tls' if is_member else 'nats'}://127.0.0.1:{NATS_PORT}"], True)
+        return (full, False) if full else ([local_server(is_member)], True)
     with_credentials = {_netloc(u): u for u in full}
     runs_nats = any(c.name == "nats" for c in status.children)
     return [with_credentials.get(_netloc(u), u) for u in status.nats], runs_nats

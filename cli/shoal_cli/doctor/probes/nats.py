@@ -23,13 +23,14 @@ from shoal_cli.doctor.checks.nats import JetStreamSettings, NatsFacts, NatsServe
 from shoal_cli.doctor.probes.tcp_connect import classify_connect_error, connect
 from shoal_cli.doctor.probes.timeouts import run_with_timeout
 from shoal_cli.node.children.nats_process import NatsPorts
-from shoal_cli.node.node_plan import NATS_PORT, without_token
+from shoal_cli.node.node_plan import without_token
 from shoal_common.bus.cluster_clock import parse_nats_time
 from shoal_common.bus.connection import login_of, login_options
 from shoal_common.bus.keys import storage_key
 from shoal_common.bus.kv_bucket import Buckets
 from shoal_common.bus.nats_client import NatsClient
 from shoal_common.bus.streams import stream_configs
+from shoal_common.config import NATS_PORT
 from shoal_common.errors import BadInput, BadMessage, ShoalError
 from shoal_common.identity.node_identity import CLI, NodeIdentity
 from shoal_common.identity.tls import unverified_context

@@ -11,8 +11,9 @@ import psutil
 
 from shoal_cli.doctor.checks.ports import ExpectedPort, PortListener
 from shoal_cli.doctor.probes.local_node import LocalNode
-from shoal_cli.node.node_plan import LOOPBACK, NATS_PORT
+from shoal_cli.node.node_plan import LOOPBACK
 from shoal_cli.node.ports import bind_problem
+from shoal_common.config import NATS_PORT
 from shoal_common.messages.liveness import LivenessRecord
 from shoal_common.settings.node import PortSettings
 from shoal_common.settings.values import read_valid_settings

@@ -19,6 +19,7 @@ from shoal_cli.node.node_plan import NodePlan, bracketed, local_address
 from shoal_cli.node.ports import bind_problem, holder_of
 from shoal_cli.node_home import Home
 from shoal_common.errors import NotFound, Refused
+from shoal_common.host.private_files import replace_private
 from shoal_common.identity.tls import unverified_context
 from shoal_common.messages import DECODE_ERRORS
 
@@ -70,11 +71,7 @@ def write_config(home: Home, plan: NodePlan, port: int, operator: OperatorFiles)
         tls=tls_configuration(operator.nats_certificate_file, operator.nats_key_file),
         authorization=users_configuration(operator.nkey.public, operator.members(), operator.invitations()),
     )
-    new = home.nats_config.with_suffix(".new")
-    new.unlink(missing_ok=True)
-    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as f:
-        f.write(text)
-    new.replace(home.nats_config)
+    replace_private(home.nats_config, text.encode())
 
 
 def remove_stale_port_files(home: Home, except_file: Path | None = None) -> None:

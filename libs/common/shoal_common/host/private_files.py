@@ -10,7 +10,7 @@ import fcntl
 import os
 import stat
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from shoal_common.errors import BadInput
@@ -80,6 +80,27 @@ def deny_others(paths: Iterable[Path]) -> None:
 def open_private(path: Path, flags: int) -> int:
     """Open a file by os.open; a new one is its owner's alone, whatever the umask."""
     return os.open(path, flags | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
+
+
+def replace_private(path: Path, data: bytes) -> None:
+    """Replace a file that only its owner may read, durably, or leave the old one. Raises OSError."""
+    new = path.with_name(f"{path.name}.new")
+    try:
+        new.unlink(missing_ok=True)  # what a killed process left may have another mode
+        with os.fdopen(open_private(new, os.O_WRONLY | os.O_EXCL), "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        new.replace(path)
+    except OSError:
+        with suppress(OSError):
+            new.unlink()  # half a file does no harm, but is of no use
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
 
 
 @contextmanager

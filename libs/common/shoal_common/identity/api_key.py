@@ -14,8 +14,7 @@ from pathlib import Path
 
 from shoal_common.errors import BadInput, ShoalError
 from shoal_common.host.file_kinds import read_text_file, wrong_kind
-from shoal_common.host.private_files import directory_locked, make_home
-from shoal_common.identity.node_identity import write_private
+from shoal_common.host.private_files import directory_locked, make_home, replace_private
 from shoal_common.logs import StructuredLogger
 from shoal_common.redaction import remember_secret
 
@@ -65,7 +64,7 @@ def replace_api_key(home: Path) -> str:
 def _write(home: Path) -> str:
     key = f"shoal-{secrets.token_urlsafe(32)}"
     remember_secret(key)
-    write_private(api_key_path(home), f"{key}\n".encode())
+    replace_private(api_key_path(home), f"{key}\n".encode())
     return key
 
 

@@ -11,7 +11,6 @@ Without the two certificates the node belongs to no cluster yet.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
 from shoal_common.errors import BadInput, Denied, Refused
 from shoal_common.host.file_kinds import read_text_file
-from shoal_common.host.private_files import make_private_directory, open_private
+from shoal_common.host.private_files import make_private_directory, replace_private
 from shoal_common.identity import certificates
 from shoal_common.identity.nkey import Nkey
 from shoal_common.names import SERVICES
@@ -65,9 +64,9 @@ class NodeIdentity:
         make_private_directory(self.directory)
         for user in USERS:
             if not self._nkey_file(user).exists():
-                write_private(self._nkey_file(user), f"{Nkey.create().text}\n".encode())
+                replace_private(self._nkey_file(user), f"{Nkey.create().text}\n".encode())
         if not self.key_file.exists():
-            write_private(self.key_file, certificates.key_to_pem(certificates.new_key()))
+            replace_private(self.key_file, certificates.key_to_pem(certificates.new_key()))
 
     def nkey(self, user: str) -> Nkey:
         """Return a user's key. Raises BadInput if it is missing or damaged."""
@@ -106,7 +105,7 @@ class NodeIdentity:
         """Write certificates: `ca.crt`, `node.crt`. The last one makes the node a member."""
         for name in ("ca.crt", "node.crt"):
             if name in files:
-                write_private(self.directory / name, files[name].encode())
+                replace_private(self.directory / name, files[name].encode())
         self.__dict__.pop("authority", None)
         self.__dict__.pop("certificate", None)
 
@@ -131,19 +130,3 @@ def load_identity(home: Path, node: str) -> NodeIdentity | None:
     """Return the identity of a node that belongs to a cluster."""
     identity = NodeIdentity(home, node)
     return identity if identity.is_member else None
-
-
-def write_private(path: Path, data: bytes) -> None:
-    """Replace a file that only its owner may read, durably."""
-    new = path.with_name(f"{path.name}.new")
-    new.unlink(missing_ok=True)
-    with os.fdopen(open_private(new, os.O_WRONLY | os.O_EXCL), "wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    new.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

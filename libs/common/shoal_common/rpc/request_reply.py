@@ -80,10 +80,15 @@ class RpcClient:
                 raise Expired(f"{service} of node {node} did not answer {verb} in {deadline_s:.0f} s") from None
             except ConnectionClosedError:
                 raise Unavailable("the connection to NATS is closed") from None
-        answer = decode(reply.data, RpcReply)
-        if answer.error is not None:
-            raise from_body(answer.error)
-        return decode(bytes(answer.result), reply_type)
+        return result_of(reply.data, reply_type)
+
+
+def result_of(reply: bytes, kind: type[T]) -> T:
+    """Return the result in a reply. Raises the error that it holds instead, and BadMessage."""
+    answer = decode(reply, RpcReply)
+    if answer.error is not None:
+        raise from_body(answer.error)
+    return decode(bytes(answer.result), kind)
 
 
 class RpcEndpoint(msgspec.Struct, frozen=True):
