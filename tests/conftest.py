@@ -102,6 +102,6 @@ def closed_port() -> Iterator[int]:
 
 @pytest.fixture(scope="session")
 def fresh() -> Fresh:
-    """Names that no other test of this run uses: `fresh("node")` is `node-7`."""
+    """Names that no other test of this run uses: `fresh("node")` is `node-0007`: none begins with another."""
     count = itertools.count(1)
-    return lambda stem: f"{stem}-{next(count)}"
+    return lambda stem: f"{stem}-{next(count):04}"

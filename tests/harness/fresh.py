@@ -5,4 +5,4 @@ from __future__ import annotations
 from collections.abc import Callable
 
 Fresh = Callable[[str], str]
-"""`fresh("node")` is `node-7`: the fixture `fresh` of all tests."""
+"""`fresh("node")` is `node-0007`: the fixture `fresh` of all tests."""

@@ -16,7 +16,7 @@ from shoal_common.units import format_duration, parse_duration_s
 
 app = new_app()
 
-_DEADLINE_S = 10.0
+_DEADLINE_S = 20.0
 _MAX_LIFETIME_S = 7 * 86400
 
 

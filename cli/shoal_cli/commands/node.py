@@ -14,7 +14,7 @@ from shoal_common.names import check_node
 
 app = new_app()
 
-_REVOKE_DEADLINE_S = 15.0
+_REVOKE_DEADLINE_S = 25.0
 
 
 @app.callback(subcommand_metavar="ACTION")

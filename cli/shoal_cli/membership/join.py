@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -34,9 +33,8 @@ from shoal_common.settings_file import change_settings
 T = TypeVar("T")
 
 _TIMEOUT_S = 10.0
-_FIRST_LOGIN_S = 10.0
-"""For the server to read its new configuration."""
-_RETRY_S = 0.1
+_ANSWER_S = 20.0
+"""For the operator, who waits until the server has read its new configuration."""
 
 
 def join(
@@ -66,7 +64,6 @@ def join(
     servers = list(dict.fromkeys([server, *reply.nats]))
     change_settings(home, {CLUSTER_SECTION: {"nats": servers}}, lambda _: None)
     identity.save({"ca.crt": authority.decode(), "node.crt": reply.certificate})
-    asyncio.run(_wait_let_in(server, identity))
     return reply.cluster
 
 
@@ -122,7 +119,7 @@ _DER = 2
 async def _request(server: str, login: NatsLogin, subject: str, request: object, kind: type[T]) -> T:
     try:
         async with connected([server], "shoal join", timeout_s=_TIMEOUT_S, login=login) as nats:
-            message = await nats.client.request(subject, encode(request), timeout=_TIMEOUT_S)
+            message = await nats.client.request(subject, encode(request), timeout=_ANSWER_S)
     except Denied:
         raise Denied(
             "the cluster does not know this invitation, or it has expired: ask for a new one with `shoal invite` on "
@@ -142,16 +139,3 @@ async def _request_any(servers: list[str], identity: NodeIdentity) -> None:
             await nats.client.request(subjects.leave(identity.node), encode(Empty()), timeout=_TIMEOUT_S)
     except NatsError as e:
         raise Unavailable(f"the operator's node did not answer ({type(e).__name__})") from None
-
-
-async def _wait_let_in(server: str, identity: NodeIdentity) -> None:
-    """Return once NATS takes the node's own keys: the server reads its configuration after the answer."""
-    give_up_s = time.monotonic() + _FIRST_LOGIN_S
-    while True:
-        try:
-            async with connected([server], "shoal join", timeout_s=_TIMEOUT_S, login=login_of(identity, CLI)):
-                return
-        except Denied:
-            if time.monotonic() > give_up_s:
-                raise
-            await asyncio.sleep(_RETRY_S)

@@ -13,8 +13,16 @@ from shoal_common.messages.membership import Member
 _HANDSHAKE_TIMEOUT_S = 5
 
 
-def users_configuration(operator_nkey: str, members: Mapping[str, Member], invitations: Sequence[Invitation]) -> str:
-    """Return the block `authorization`: the operator, each member's users, and who may ask to join."""
+_PROBE = Permissions(publish=("_INBOX.probe",), subscribe=("_INBOX.probe",))
+
+
+def users_configuration(
+    operator_nkey: str, members: Mapping[str, Member], invitations: Sequence[Invitation], probe_nkey: str = ""
+) -> str:
+    """Return the block `authorization`: the operator, each member's users, and who may ask to join.
+
+    `probe_nkey` is a user of this version alone: once it is let in, the server has read it.
+    """
     users = [
         _user(operator_nkey, OPERATOR),
         *(
@@ -23,6 +31,7 @@ def users_configuration(operator_nkey: str, members: Mapping[str, Member], invit
             for user, key in m.nkeys.items()
         ),
         *(_user(i.nkey, invitation_permissions(i.id)) for i in invitations),
+        *([_user(probe_nkey, _PROBE)] if probe_nkey else []),
     ]
     return "authorization {\n  users: [\n" + "\n".join(users) + "\n  ]\n}\n"
 

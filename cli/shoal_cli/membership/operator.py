@@ -20,7 +20,8 @@ from shoal_common.bus.connection import Nats, NatsLogin, connected
 from shoal_common.bus.keys import member_key
 from shoal_common.bus.kv_bucket import Buckets
 from shoal_common.bus.streams import ensure_streams, lost_buckets, read_bucket_marks
-from shoal_common.errors import ShoalError, Unavailable, error_body
+from shoal_common.errors import Denied, ShoalError, Unavailable, error_body
+from shoal_common.identity.nkey import Nkey
 from shoal_common.identity.tls import client_context
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages import decode, encode
@@ -31,24 +32,30 @@ log = StructuredLogger("operator")
 
 INVITATION_LIFETIME_S = 3600.0
 _RETRY_S = 1.0
+_RELOAD_DEADLINE_S = 10.0
+_PROBE_INTERVAL_S = 0.02
 _CHECK_INTERVAL_S = 20.0
 """For a bucket that was purged while NATS stayed up."""
 
 
 class Operator:
-    """Changes who is a member. `reload_users` writes the NATS server's configuration again and has it read."""
+    """Changes who is a member.
 
-    def __init__(self, files: OperatorFiles, node: str, reload_users: Callable[[], None]) -> None:
+    `reload_users` writes the NATS server's configuration, with a probe's public key, and tells the server to read it.
+    """
+
+    def __init__(self, files: OperatorFiles, node: str, reload_users: Callable[[str], None]) -> None:
         self._files, self._node, self._reload_users = files, node, reload_users
         self.is_ready = False
         """Whether the streams and the members' keys are there."""
+        self._server = ""
         self._cluster_urls: list[str] = []
         self._changing = asyncio.Lock()
         self._nats: Nats | None = None
 
     async def run(self, server: str, cluster_urls: list[str], on_ready: Callable[[], None]) -> None:
         """Work until cancelled. `cluster_urls`: where other machines find NATS."""
-        self._cluster_urls = cluster_urls
+        self._server, self._cluster_urls = server, cluster_urls
         login = await asyncio.to_thread(self._login)
         async with connected([server], f"operator.{self._node}", login=login) as nats:
             await nats.client.subscribe(subjects.join("*"), cb=self._on_join)
@@ -70,10 +77,10 @@ class Operator:
         return NatsLogin(self._files.nkey, "_INBOX.operator", client_context(self._files.authority))
 
     async def invite(self, lifetime_s: float) -> InviteCode:
-        """Return a new code that lets one node in. Raises Refused if too many are open."""
+        """Return a new code that lets one node in. Raises Refused if too many are open, Unavailable."""
         async with self._changing:
             code = await asyncio.to_thread(self._files.invite, lifetime_s)
-            self._reload_users()
+            await self._apply()
         log.info("invited", invitation=code.id)
         return code
 
@@ -81,9 +88,23 @@ class Operator:
         """Take a node out of the cluster at once. Raises NotFound, Refused, Unavailable."""
         async with self._changing:
             await asyncio.to_thread(self._files.remove, node, self._node)
-            self._reload_users()
+            await self._apply()
             await self._publish_members()
         log.info("revoked", member=node)
+
+    async def _apply(self) -> None:
+        """Have the NATS server read who may log in; returns once it has. Raises Unavailable."""
+        probe = Nkey.create()
+        self._reload_users(probe.public)
+        context = await asyncio.to_thread(client_context, self._files.authority)
+        login = NatsLogin(probe, "_INBOX.probe", context)
+        try:
+            async with asyncio.timeout(_RELOAD_DEADLINE_S):
+                await _wait_let_in(self._server, login)
+        except TimeoutError:
+            raise Unavailable(
+                f"NATS has not read who its members are within {_RELOAD_DEADLINE_S:.0f} s: see its log, and try again"
+            ) from None
 
     async def _publish_members(self) -> None:
         """Bring `spec` to what the file says. Nobody else writes these keys."""
@@ -110,7 +131,7 @@ class Operator:
         request = decode(message.data, JoinRequest)
         async with self._changing:
             member = await asyncio.to_thread(self._files.admit, invitation, request)
-            self._reload_users()
+            await self._apply()
             await self._publish_members()
         log.info("joined", member=member.node, invitation=invitation)
         return JoinReply(cluster=self._node, certificate=member.certificate, nats=self._cluster_urls)
@@ -138,6 +159,15 @@ class Operator:
             reply = RpcReply(error=error_body(e))
         if reply is not None and message.reply:
             await message.respond(encode(reply))
+
+
+async def _wait_let_in(server: str, login: NatsLogin) -> None:
+    while True:
+        try:
+            async with connected([server], "operator's probe", login=login):
+                return
+        except Denied:
+            await asyncio.sleep(_PROBE_INTERVAL_S)
 
 
 async def _wait_for_loss(nats: Nats, connection: int) -> None:

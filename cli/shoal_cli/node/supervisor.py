@@ -166,11 +166,11 @@ class Supervisor:
         except Unavailable as e:
             log.warning("NATS does not answer yet; the services wait for it", reason=e.message)
 
-    def _write_nats_config(self, port: int) -> None:
-        nats_process.write_config(self._home, self._plan, port, self._operator_files)
+    def _write_nats_config(self, port: int, probe_nkey: str = "") -> None:
+        nats_process.write_config(self._home, self._plan, port, self._operator_files, probe_nkey)
 
-    def _reload_users(self, port: int) -> None:
-        self._write_nats_config(port)
+    def _reload_users(self, port: int, probe_nkey: str) -> None:
+        self._write_nats_config(port, probe_nkey)
         self._children["nats"].send_signal(signal.SIGHUP)
 
     def _start_services(self, tasks: asyncio.TaskGroup, sockets: control.ControlSockets) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 import socket
 import stat
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from shoal_cli.membership.operator_files import OperatorFiles
@@ -25,9 +27,13 @@ def invitation(node: Node) -> tuple[str, str]:
     """Return the address and the code that `shoal invite` prints."""
     done = node.shoal("invite")
     assert done.returncode == 0, done.stderr
-    address = re.search(r"shoal join (\S+)", done.stdout)
-    code = re.search(r"(?:[A-Z2-7]{4}-){12}[A-Z2-7]{4}", done.stdout)
-    assert address and code, done.stdout
+    return parsed(done.stdout)
+
+
+def parsed(printed: str) -> tuple[str, str]:
+    address = re.search(r"shoal join (\S+)", printed)
+    code = re.search(r"(?:[A-Z2-7]{4}-){12}[A-Z2-7]{4}", printed)
+    assert address and code, printed
     return address.group(1), code.group()
 
 
@@ -82,6 +88,22 @@ def test_I12_a_wrong_code_is_one_line_and_nothing_is_left(node: Node, make_node:
     assert join(b, address, code) == ""
 
 
+def test_a_code_is_printed_once_nats_has_read_it(node: Node, make_node: Callable[[str], Node]) -> None:
+    assert node.up().returncode == 0
+    nats = psutil.Process(node.pids()["nats"])
+    nats.suspend()
+    try:
+        command = subprocess.Popen(node.command("invite"), env=node.environ(), stdout=subprocess.PIPE, text=True)
+        wait_until(lambda: OperatorFiles(node.home.root).invitations(), "it is made")
+        with pytest.raises(subprocess.TimeoutExpired):
+            command.wait(1)
+    finally:
+        nats.resume()
+    printed, _ = command.communicate(timeout=30)
+    assert command.returncode == 0
+    assert join(make_node("node-b"), *parsed(printed)) == ""
+
+
 def test_a_name_that_is_taken_is_refused_until_it_is_revoked(node: Node, make_node: Callable[[str], Node]) -> None:
     assert node.up().returncode == 0
     b = make_node("node-b")
@@ -105,14 +127,8 @@ async def test_I12_a_revoked_node_is_turned_away_in_one_line(node: Node, make_no
         assert await spec.get(member_key("node-b")) is None
         assert await spec.get(member_key("node-a"))
     b.shoal("down")
-
-    def is_refused() -> bool:
-        up = b.up()
-        if up.returncode == 0:  # the server reads its configuration a moment later
-            b.shoal("down")
-        return up.returncode == Denied.exit_code and "refuses our credentials" in up.stderr.splitlines()[-1]
-
-    wait_until(is_refused, "it is turned away")
+    up = b.up()
+    assert up.returncode == Denied.exit_code and "refuses our credentials" in up.stderr.splitlines()[-1]
     assert b.home.read_pid() == 0
     for wrong, text in (("node-b", "does not belong to this cluster"), ("node-a", "the cluster ends with it")):
         assert text in node.shoal("node", "revoke", wrong).stderr

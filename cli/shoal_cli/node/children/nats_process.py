@@ -61,7 +61,7 @@ def _quoted(text: str) -> str:
     return text.replace("\\", "\\\\").replace('"', '\\"')
 
 
-def write_config(home: Home, plan: NodePlan, port: int, operator: OperatorFiles) -> None:
+def write_config(home: Home, plan: NodePlan, port: int, operator: OperatorFiles, probe_nkey: str = "") -> None:
     """Fill in the template for this node and the cluster's members; port 0 lets the server choose. Blocks."""
     text = template().format(
         listen=f"{bracketed(plan.bind)}:{port or -1}",
@@ -69,7 +69,9 @@ def write_config(home: Home, plan: NodePlan, port: int, operator: OperatorFiles)
         run_dir=_quoted(str(home.run)),
         store_dir=_quoted(str(home.nats_store)),
         tls=tls_configuration(operator.nats_certificate_file, operator.nats_key_file),
-        authorization=users_configuration(operator.nkey.public, operator.members(), operator.invitations()),
+        authorization=users_configuration(
+            operator.nkey.public, operator.members(), operator.invitations(), probe_nkey
+        ),
     )
     replace_private(home.nats_config, text.encode())
 
