@@ -18,7 +18,9 @@ from shoal_common.messages.downloads import DownloadRequest, DownloadState
 from shoal_common.messages.envelope import Outcome
 from shoal_common.messages.manifest import Manifest
 from shoal_common.messages.storage import ModelState, StorageState
+from shoal_common.names import ModelRef
 from shoal_demo.hub_server import RunningHub
+from shoal_storage.store.partials import PartialMeta
 from tests.fetcher.hub_repos import make_model
 from tests.harness.nats import Joined, NatsServer, joined
 from tests.harness.node import Node, restore
@@ -63,14 +65,42 @@ class Site(msgspec.Struct):
 
 @contextmanager
 def site_of_a_test(site: Site) -> Iterator[Site]:
-    """Lend shared nodes to a test, as healthy as they began. Afterwards every store is checked (I1, I2)."""
+    """Lend shared nodes to a test, as healthy as they began. Afterwards every store is checked (I1, I2).
+
+    A test that leaves a partial blob fails; the next one finds none.
+    """
     restore(site.server, *site.nodes.values())
+    asyncio.run(_delete_partials(site))
     site.hub.reset_faults()
     site.hub.reset_stats()
     yield site
     site.hub.reset_faults()
     for node in site.nodes.values():
         check_store(node)
+    asyncio.run(_require_no_partial(site))
+
+
+async def _delete_partials(site: Site) -> None:
+    """Delete what a failed test has left."""
+    for node in site.nodes.values():
+        models = {ModelRef.parse(model).repo for meta in _partial_metas(node) for model in meta.models}
+        async with site.join() as here:
+            for model in models:
+                await here.delete(node.id, model)
+
+
+async def _require_no_partial(site: Site) -> None:
+    async def gone() -> bool:
+        return not any(partials(node) for node in site.nodes.values())
+
+    def left() -> str:
+        return f"no partial blob is left: { {n.id: (partials(n), _partial_metas(n)) for n in site.nodes.values()} }"
+
+    await eventually(gone, left, PULL_DEADLINE_S)
+
+
+def _partial_metas(node: Node) -> list[PartialMeta]:
+    return [decode(p.read_bytes(), PartialMeta) for p in node.layout.partials.glob("*/meta.json")]
 
 
 class Pulls:

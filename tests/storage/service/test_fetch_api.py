@@ -14,6 +14,7 @@ from shoal_common.messages.storage import CommitBlob, Delete, Release, Reserve, 
 from shoal_storage.files.hashing import FileHashes
 from shoal_storage.handlers import fetch
 from shoal_storage.leases import last_use as uses_module
+from shoal_storage.store.commit import find_by_git_sha1
 from shoal_storage.store.partials import verify_partial
 from shoal_storage.store.store import Store
 from tests.harness.fresh import Fresh
@@ -56,6 +57,28 @@ async def test_I1_a_verified_partial_does_not_serve_a_new_reservation(
         assert (parts.disk.layout.partial(blob) / "data").read_bytes() == b"x" * 1000, "the new bytes were touched"
         with pytest.raises(Corrupt):
             await parts.fetch.commit(CommitBlob(blob=blob))
+
+
+async def test_a_release_ends_a_reservation_that_is_still_being_made(
+    nats: NatsServer, fresh: Fresh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Model("org/model", {"weights.bin": b"w" * 3000, "config.json": b"{}"}, by_git=("config.json",))
+    async with storage_parts(nats, tmp_path, fresh("storage"), with_specs=False) as parts:
+
+        def find(store: Store, blob: str, candidates: list[str]) -> str | None:
+            parts.disk.pass_gate()
+            return find_by_git_sha1(store, blob, candidates)
+
+        monkeypatch.setattr(fetch, "find_by_git_sha1", find)
+        parts.disk.close_gate()
+        reserving = asyncio.create_task(parts.fetch.reserve(Reserve(manifest=model.manifest)))
+        await parts.disk.wait_reached()
+        releasing = asyncio.create_task(parts.fetch.release(Release(model=model.name, blobs=list(model.blobs))))
+        parts.disk.gate.set()
+        await releasing
+        await reserving
+        assert parts.ledger.reserved_bytes == 0
+        assert not list(parts.disk.layout.partials.iterdir())
 
 
 async def test_a_caller_that_gives_up_does_not_undo_a_commit(nats: NatsServer, fresh: Fresh, tmp_path: Path) -> None:

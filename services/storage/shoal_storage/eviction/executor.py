@@ -109,23 +109,22 @@ class EvictionExecutor:
     ) -> tuple[Admission, EvictionPlan | None]:
         """Approve a manifest, evicting if the policy allows, and reserve it: `reserve` with the approval and leaves.
 
-        Returns what was evicted. Raises QuotaExceeded.
+        In the caller's turn. Returns what was evicted. Raises QuotaExceeded.
         """
         evicted: EvictionPlan | None = None
-        async with self.turn:
-            for _ in range(_MAX_PLANS):
-                try:
-                    async with self._context.section as held:
-                        leaves = self._leaves(manifest, leaf_ranges)
-                        admission = await self._admit(held, manifest, leaves)
-                        await reserve(held, admission, leaves)
-                        return admission, evicted
-                except QuotaExceeded as refusal:
-                    if evicted is None or not evicted.enough:
-                        latest = await self._evict_for(manifest, leaf_ranges, refusal)
-                        evicted = _merged(evicted, latest) if evicted and latest else latest or evicted
-                    elif not await self.wait_space_released(lambda: self._admits(manifest, leaf_ranges)):
-                        raise self._not_released(refusal, evicted) from None
+        for _ in range(_MAX_PLANS):
+            try:
+                async with self._context.section as held:
+                    leaves = self._leaves(manifest, leaf_ranges)
+                    admission = await self._admit(held, manifest, leaves)
+                    await reserve(held, admission, leaves)
+                    return admission, evicted
+            except QuotaExceeded as refusal:
+                if evicted is None or not evicted.enough:
+                    latest = await self._evict_for(manifest, leaf_ranges, refusal)
+                    evicted = _merged(evicted, latest) if evicted and latest else latest or evicted
+                elif not await self.wait_space_released(lambda: self._admits(manifest, leaf_ranges)):
+                    raise self._not_released(refusal, evicted) from None
         raise Unavailable(
             f"models of node {self._context.node} kept coming into use while space was freed for {manifest.repo}; "
             "try again"

@@ -74,12 +74,14 @@ class FetchApi:
     async def reserve(self, request: Reserve) -> ReserveResult:
         """Approve a fetch and reserve its bytes, or raise QuotaExceeded."""
         check_manifest(request.manifest)
-        manifest, sha256_by_git_name = await self._with_known_hashes(request.manifest)
+        # From its arrival on: a release that arrives later must find the reservation that it ends.
+        async with self._evictions.turn:
+            manifest, sha256_by_git_name = await self._with_known_hashes(request.manifest)
 
-        async def reserve(held: Held, admission: Admission, leaves: Mapping[str, int]) -> None:
-            await self._reserve(held, manifest, admission, leaves)
+            async def reserve(held: Held, admission: Admission, leaves: Mapping[str, int]) -> None:
+                await self._reserve(held, manifest, admission, leaves)
 
-        admission, evicted = await self._evictions.admit(manifest, request.leaf_ranges, reserve)
+            admission, evicted = await self._evictions.admit(manifest, request.leaf_ranges, reserve)
         await self._publishing.publish_soon()
         log.info(
             "space reserved",
