@@ -18,6 +18,8 @@ Two nodes that run an instance together, one of which dies:
 - `death_seen_connection_s`: from the kill of all its processes until the instance is degraded and placement does not
   offer the node any more.
 - `death_seen_s`: the same for a node that is stopped (SIGSTOP), so that only its silence tells.
+
+With `--tls` all nodes are members, NATS and every port speak TLS, and the last two are left out.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ sys.path[:0] = [str(ROOT)]
 import psutil  # noqa: E402  # after the path is set
 
 from figures import Figure, figure, report  # noqa: E402
+from membership import TLS, Cluster  # noqa: E402
 from shoal_common.bus import subjects  # noqa: E402
 from shoal_common.bus.cluster_lease import LeaseValue  # noqa: E402
 from shoal_common.bus.keys import leader_key, liveness_key, model_key  # noqa: E402
@@ -83,10 +86,12 @@ async def settled(here: Joined) -> None:
 
 async def idle_figures(directory: Path) -> dict[str, Figure]:
     """Measure five idle nodes."""
-    with NatsServer(directory / "nats") as server:
-        nodes = [Node(directory / name, name, server.url, SERVICES, SHOAL_GATEWAY_PORT="0") for name in NODES]
+    cluster = Cluster(directory)
+    with cluster.nats() as server:
+        nodes = [cluster.node(directory / name, name, server.url, SERVICES, SHOAL_GATEWAY_PORT="0") for name in NODES]
         with running_nodes(*nodes):
             async with joined(server) as here:
+                await cluster.publish(here)
                 for node in nodes:
                     await node.ready(here)
                 await settled(here)
@@ -162,9 +167,10 @@ async def beat_forever(here: Joined) -> None:
 async def large_figures(directory: Path) -> dict[str, Figure]:
     """Measure a thousand nodes, a leader, and one that joins."""
     async with AsyncExitStack() as stack:
-        server = stack.enter_context(NatsServer(directory / "nats"))
+        cluster = Cluster(directory)
+        server = stack.enter_context(cluster.nats())
         here = await stack.enter_async_context(joined(server))
-        leader = Node(directory / "leader", "leader", server.url, ("placement",))
+        leader = cluster.node(directory / "leader", "leader", server.url, ("placement",))
         stack.enter_context(running_nodes(leader))
         await leader.ready(here)
         for number in range(LARGE):
@@ -194,7 +200,8 @@ async def large_figures(directory: Path) -> dict[str, Figure]:
         await eventually(all_live, "all nodes are live")
         joins, processes = [], []
         for number in range(3):
-            newcomer = Node(directory / f"new-{number}", f"new-{number}", server.url, ("placement",))
+            newcomer = cluster.node(directory / f"new-{number}", f"new-{number}", server.url, ("placement",))
+            await cluster.publish(here)
             with running_nodes(newcomer):
                 started_s = time.perf_counter()
                 await answered(here, newcomer.id)
@@ -262,7 +269,8 @@ async def measure(directory: Path) -> dict[str, Figure]:
     idle, large, deaths = (directory / name for name in ("idle", "large", "deaths"))
     for part in (idle, large, deaths):
         part.mkdir()
-    return await idle_figures(idle) | await large_figures(large) | await death_figures(deaths)
+    alive = await idle_figures(idle) | await large_figures(large)
+    return alive if TLS else alive | await death_figures(deaths)
 
 
 def main() -> None:

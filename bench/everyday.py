@@ -4,6 +4,9 @@
   request to the same process; medians.
 - `pull_beyond_reading_s`: seconds that pulling the demo's model takes longer than a process that only reads it.
 - `answer_2_stages_over_1`: tokens per second of the demo's model in two stages (two nodes, HTTP API) over one.
+- `first_token_ms_…`: from a streamed request to the first piece of its answer.
+
+NATS is inside TLS always; with `--tls` the weights and the ring between the stages are too.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ sys.path[:0] = [str(ROOT)]
 import httpx2  # noqa: E402  # after the path is set
 
 from figures import Figure, figure, interleaved, report  # noqa: E402
+from membership import TLS  # noqa: E402
 from shoal_demo import DEMO_MODEL, MODELS_DIR  # noqa: E402
 from shoal_demo.hub_server import RunningHub, running_hub  # noqa: E402
 from tests.harness.shoal import ShoalCluster, ShoalNode  # noqa: E402
@@ -76,13 +80,41 @@ def tokens_per_s(cluster: ShoalCluster, instance: str) -> float:
     return float(answer["usage"]["completion_tokens"]) / (time.perf_counter() - started_s)
 
 
+def first_token_ms(cluster: ShoalCluster, instance: str) -> float:
+    """Return the milliseconds from a streamed request to the first piece of its answer."""
+    node = cluster["a"]
+    body = {
+        "model": instance,
+        "messages": [{"role": "user", "content": "Why do fish swim together?"}],
+        "temperature": 0,
+        "max_tokens": 4,
+        "stream": True,
+    }
+    started_s, first_s = time.perf_counter(), 0.0
+    with node.client.stream("POST", f"{node.url}/v1/chat/completions", json=body) as answer:
+        for line in answer.iter_lines():
+            if not first_s and '"content":"' in line and '"content":""' not in line:
+                first_s = time.perf_counter() - started_s
+    return 1000 * first_s
+
+
+def made_cluster(directory: Path, hub: str) -> ShoalCluster:
+    """Return two nodes, not started yet."""
+    cluster = ShoalCluster(directory, hub, names=("a", "b"), **({"SHOAL_BIND": "0.0.0.0"} if TLS else {}))
+    for node in cluster.nodes if TLS else ():
+        # The gateway stays as it is: what differs is the path between the nodes.
+        node.home.mkdir()
+        (node.home / "node.toml").write_text('[gateway]\ntls = "off"\n')
+    return cluster
+
+
 def main() -> None:
     """Measure and report."""
     figures: dict[str, Figure] = {}
     with (
         tempfile.TemporaryDirectory() as directory,
         running_hub(MODELS_DIR, process=True) as hub,
-        ShoalCluster(Path(directory), hub.base_url, names=("a", "b")) as cluster,
+        made_cluster(Path(directory), hub.base_url) as cluster,
     ):
         command_s, request_s = asyncio.run(command_latencies(cluster["a"]))
         figures["command_over_request"] = figure(command_s / request_s, "x")
@@ -99,6 +131,12 @@ def main() -> None:
             ROUNDS,
         )
         figures["answer_2_stages_over_1"] = figure(rates["2"] / rates["1"], "x")
+        first = interleaved(
+            {str(n): partial(first_token_ms, cluster, instance) for n, instance in placed.items()},
+            ROUNDS * 3,
+        )
+        figures["first_token_ms_1_stage"] = figure(first["1"], "ms")
+        figures["first_token_ms_2_stages"] = figure(first["2"], "ms")
         figures["answer_1_stage_tokens_per_s"] = figure(rates["1"], "tokens/s")
     report(figures)
 

@@ -11,6 +11,8 @@ pull at the same moment; a pull ends when storage has hashed everything and publ
 - `sim_fanout_…`: the same in `swarm_simulator.py`, without disks, hashing or processes; a thousand nodes pull a
   quarter of the bytes, or a sixteenth, which gives their way through the graph more weight.
 
+Weights pass unencrypted; with `--tls` encrypted. Whoever asks for them proves who it is inside TLS either way.
+
 The services are real processes in network namespaces (`netns.py`), which root can create on Linux. Elsewhere only the
 simulated figures are reported. Stores are in memory if there is enough: nine nodes should not share a disk.
 """
@@ -38,6 +40,7 @@ sys.path[:0] = [str(ROOT)]
 import msgspec  # noqa: E402  # after the path is set
 
 from figures import Figure, figure, interleaved, report  # noqa: E402
+from membership import TLS  # noqa: E402
 from netns import CannotMake, Links  # noqa: E402
 from shoal_common.bus import subjects  # noqa: E402
 from shoal_common.messages import decode  # noqa: E402
@@ -130,6 +133,7 @@ def running_cluster(directory: Path, links: Links) -> Iterator[Cluster]:
                 server.url,
                 SERVICES,
                 SHOAL_BIND=links.address(name),
+                SHOAL_ENCRYPT_WEIGHTS=str(TLS).lower(),
                 HF_ENDPOINT=hub.base_url,
             )
             for name in links.nodes

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 
+from membership import Cluster
 from shoal_common.bus import subjects
 from shoal_common.bus.cluster_lease import LeaseValue
 from shoal_common.bus.keys import download_key, liveness_key
@@ -75,11 +76,21 @@ class Site:
     """A hub, NATS, and the running nodes."""
 
     def __init__(
-        self, directory: Path, server: NatsServer, hub: RunningHub, here: Joined, homes: Path | None = None
+        self,
+        directory: Path,
+        cluster: Cluster,
+        server: NatsServer,
+        hub: RunningHub,
+        here: Joined,
+        homes: Path | None = None,
     ) -> None:
-        self.directory, self.server, self.hub, self.here = directory, server, hub, here
+        self.directory, self.cluster, self.server, self.hub, self.here = directory, cluster, server, hub, here
         self.homes = homes or directory
         self.nodes: dict[str, Node] = {}
+
+    def with_homes(self, homes: Path) -> Site:
+        """Return the same with its nodes' homes in another directory."""
+        return Site(self.directory, self.cluster, self.server, self.hub, self.here, homes)
 
     def make(self, repo: str, sizes: tuple[int, ...]) -> int:
         """Put a model of random bytes on the hub. Returns its size in bytes."""
@@ -95,7 +106,8 @@ class Site:
     async def running(self, *names: str, **environment: str) -> AsyncIterator[None]:
         """Run nodes of these names while the body runs."""
         given = {"HF_ENDPOINT": self.hub.base_url, "PYTHONDONTWRITEBYTECODE": "", **environment}
-        made = [Node(self.homes / n, n, self.server.url, SERVICES, **given) for n in names]
+        made = [self.cluster.node(self.homes / n, n, self.server.url, SERVICES, **given) for n in names]
+        await self.cluster.publish(self.here)
         with running_nodes(*made):
             for node in made:
                 await node.ready(self.here)

@@ -40,6 +40,13 @@ def hand_over_token(
     return ""
 
 
+def with_reason(error: ShoalError, not_given: str) -> ShoalError:
+    """Return the hub's refusal with why it was not shown the token; other errors as they are."""
+    if not_given and error.details.get("source") == "hub":
+        return type(error)(f"{error.message}; {not_given}", **error.details)
+    return error
+
+
 def read_token() -> str:
     """Return the token as huggingface_hub finds it: HF_TOKEN, else that of `hf auth login`; "" without one."""
     found: list[str] = []

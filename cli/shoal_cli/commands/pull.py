@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from shoal_cli.api.downloads import ModelPull
-from shoal_cli.api.hub_token import hand_over_token
+from shoal_cli.api.hub_token import hand_over_token, with_reason
 from shoal_cli.cli_context import CliContext
 from shoal_cli.command_app import CommandHelp, new_app
 from shoal_cli.commands import completion
@@ -19,7 +19,7 @@ from shoal_cli.commands.options import (
     ModelArgument,
     reject_together,
 )
-from shoal_common.errors import Denied, ShoalError
+from shoal_common.errors import Denied
 from shoal_common.names import check_node
 
 app = new_app()
@@ -67,7 +67,7 @@ def pull(
     try:
         request.request(wanted, all_nodes)
     except Denied as e:
-        raise _with_reason(e, not_given) from None
+        raise with_reason(e, not_given) from None
     if no_wait:
         if cli.as_json:
             return cli.print_json(request.to_json())
@@ -88,15 +88,8 @@ def pull(
     for node, error in list(request.errors.items())[1:]:
         print(f"shoal: {node}: {error.message}", file=sys.stderr)
     for node, error in request.errors.items():
-        explained = _with_reason(error, not_given)
+        explained = with_reason(error, not_given)
         raise type(error)(f"{node}: {explained.message}", **error.details)
     if not cli.as_json:
         cli.print(f"{request.model} is ready on {', '.join(request.nodes)}")
     return 0
-
-
-def _with_reason(error: ShoalError, not_given: str) -> ShoalError:
-    """Return the hub's refusal with why it was not shown the token; other errors as they are."""
-    if not_given and error.details.get("source") == "hub":
-        return type(error)(f"{error.message}; {not_given}", **error.details)
-    return error

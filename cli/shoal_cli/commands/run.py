@@ -8,18 +8,17 @@ from collections.abc import Callable
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from shoal_cli.api.chat import Conversation, Sampling
-from shoal_cli.api.client import GatewayClient
 from shoal_cli.api.downloads import ModelPull
+from shoal_cli.api.hub_token import hand_over_token, with_reason
 from shoal_cli.api.placement import find_instance, matches_revision, place, placement_request, wait_ready
 from shoal_cli.cli_context import CliContext
 from shoal_cli.command_app import CommandHelp, new_app
 from shoal_cli.commands.options import GatewayOption, HomeOption, ModelArgument, in_range
 from shoal_cli.render.line_editor import LineEditor, confirm
 from shoal_cli.render.progress_display import progress_display
-from shoal_common.errors import BadInput, Refused, ShoalError
+from shoal_common.errors import BadInput, Denied, Refused, ShoalError
 from shoal_common.messages.views import StatusView
 from shoal_common.names import DEFAULT_REVISION, ModelRef, is_commit
 from shoal_common.units import format_duration
@@ -53,7 +52,7 @@ def run(
 ) -> int:
     """Chat with a model; pulls and places it if needed."""
     cli = CliContext(ctx)
-    session = ChatSession(cli.gateway, model, exactly, Sampling(max_tokens, temperature), cli.err)
+    session = ChatSession(cli, model, exactly, Sampling(max_tokens, temperature))
     if prompt is not None:
         return session.answer_once(prompt)
     if sys.stdin is not None and sys.stdin.isatty():
@@ -67,11 +66,9 @@ def run(
 class ChatSession:
     """One `shoal run`. Answers go to stdout, everything else to stderr: a pipe gets the answer only."""
 
-    def __init__(
-        self, gateway: GatewayClient, model: str, exactly: int | None, sampling: Sampling, err: Console
-    ) -> None:
-        self._gateway, self._ref, self._exactly = gateway, ModelRef.parse(model), exactly
-        self._sampling, self._err = sampling, err
+    def __init__(self, cli: CliContext, model: str, exactly: int | None, sampling: Sampling) -> None:
+        self._cli, self._gateway, self._err = cli, cli.gateway, cli.err
+        self._ref, self._exactly, self._sampling = ModelRef.parse(model), exactly, sampling
 
     def answer_once(self, prompt: str) -> int:
         """Answer one prompt. Returns the exit code."""
@@ -152,9 +149,13 @@ class ChatSession:
             return
         if is_comparable and ask is not None and not ask(f"{ref} is on no node. Pull it to {status.node}? [Y/n] "):
             raise Refused(f"{ref} is on no node and was not pulled; `shoal pull {ref} --node NODE` chooses where")
-        pull = ModelPull(self._gateway, str(ref))
-        pull.request([], all_nodes=False)
+        pull, cli = ModelPull(self._gateway, str(ref)), self._cli
+        not_given = hand_over_token(cli.home, pull.model, [], cli.has_own_gateway, cli.environ)
+        try:
+            pull.request([], all_nodes=False)
+        except Denied as e:
+            raise with_reason(e, not_given) from None
         with progress_display(self._err, as_json=False) as display:
             pull.follow(display)
         for error in pull.errors.values():
-            raise error
+            raise with_reason(error, not_given)

@@ -8,11 +8,12 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from shoal_cli.cli import run
-from shoal_common.errors import BY_CODE, HubUnavailable, NoMemory, QuotaExceeded, ShoalError, StageLost
+from shoal_common.errors import BY_CODE, Denied, HubUnavailable, NoMemory, QuotaExceeded, ShoalError, StageLost
 from tests.cli.conftest import Node
 from tests.cli.fake_gateway import MODEL, Cluster, download, held, instance
 from tests.cli.unit.test_commands import Capture, one_line
@@ -171,6 +172,19 @@ def test_run_brings_and_places_a_model_that_is_nowhere(
     assert len(cluster.asked("POST", "/v1/downloads")) == 1
     assert cluster.asked("POST", "/v1/instances") == [{"model": MODEL, "wait": False, "min_nodes": 2, "max_nodes": 2}]
     assert cluster.asked("POST", "/v1/chat/completions")[0]["messages"][0]["content"] == "from a pipe"
+
+
+@pytest.mark.parametrize("command", [["pull", MODEL], ["run", MODEL, "hi"]])
+def test_a_hub_that_refuses_says_why_your_token_was_not_used(
+    cluster: Cluster, capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: list[str]
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_of_whoever_pulls")
+    monkeypatch.setenv("SHOAL_HOME", str(tmp_path / "no node"))
+    error = {"code": Denied.code, "message": "it is gated", "details": {"source": "hub"}}
+    cluster.downloads, cluster.outcomes = [[download("failed")]], {"c1": {"ok": False, "error": error}}
+    assert run(command) == Denied.exit_code
+    shown = capsys.readouterr().err
+    assert "it is gated; your token stays on this machine, which runs no node" in shown and "hf_of" not in shown
 
 
 def test_run_waits_for_an_instance_that_is_on_its_way(cluster: Cluster, capsys: Capture) -> None:
