@@ -7,8 +7,6 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 from scripts.structure import (
     ALL,
     MAX_LINES,
@@ -91,11 +89,11 @@ def test_a_pure_module_is_called_after_what_it_decides() -> None:
     assert not [p for p in modules(ROOT) if p.name == "decide.py"]
 
 
-@pytest.mark.parametrize("source", modules(ROOT, ALL), ids=short)
-def test_a_module_binds_no_name_with_a_retired_word(source: Path) -> None:
-    if not source.is_relative_to(STAGE):
-        held = retired_terms(GLOSSARY, "identifiers"), retired_terms(GLOSSARY, "constants")
-        assert not retired_names(source, *held)
+def test_modules_bind_no_names_with_a_retired_word() -> None:
+    held = retired_terms(GLOSSARY, "identifiers"), retired_terms(GLOSSARY, "constants")
+    sources = [p for p in modules(ROOT, ALL) if not p.is_relative_to(STAGE)]
+    found = {short(p): retired_names(p, *held) for p in sources}
+    assert not {path: names for path, names in found.items() if names}
 
 
 def texts_of(source: Path) -> Iterator[tuple[str, int]]:
@@ -109,22 +107,26 @@ def texts_of(source: Path) -> Iterator[tuple[str, int]]:
             yield line.partition("# ")[2], number
 
 
+RETIRED = {word.lower(): instead for word, instead in retired_terms(GLOSSARY, "text").items()}
+ANY_RETIRED = re.compile(rf"\b(?:{'|'.join(map(re.escape, RETIRED))})\b", re.IGNORECASE)
+
+
 def retired_in(text: str) -> list[str]:
     """Retired words in a text, with what to write instead."""
-    return [
-        f"not {word!r}, but {instead}"
-        for word, instead in retired_terms(GLOSSARY, "text").items()
-        if re.search(rf"\b{re.escape(word)}\b", text, re.IGNORECASE)
+    return [f"not {word!r}, but {RETIRED[word.lower()]}" for word in ANY_RETIRED.findall(text)]
+
+
+def test_docstrings_comments_and_messages_use_no_retired_word() -> None:
+    found = [
+        f"{short(source)}:{line} {held}"
+        for source in modules(ROOT, ALL)
+        for text, line in texts_of(source)
+        for held in retired_in(text)
     ]
-
-
-@pytest.mark.parametrize("source", modules(ROOT, ALL), ids=short)
-def test_docstrings_comments_and_messages_use_no_retired_word(source: Path) -> None:
-    found = [f"{short(source)}:{line} {held}" for text, line in texts_of(source) for held in retired_in(text)]
     assert not found, "\n".join(found)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=short)
-def test_a_page_uses_no_retired_word(page: Path) -> None:
-    text = page.read_text()
-    assert not retired_in(text.partition("\n## Retired words")[0] if page == GLOSSARY else text)
+def test_pages_use_no_retired_words() -> None:
+    texts = {page: page.read_text() for page in PAGES}
+    texts[GLOSSARY] = texts[GLOSSARY].partition("\n## Retired words")[0]
+    assert not {short(page): found for page, text in texts.items() if (found := retired_in(text))}
