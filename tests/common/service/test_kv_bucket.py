@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import pytest
 from nats.js import api
 from nats.js import errors as jse
 
-from shoal_common.bus import streams
-from shoal_common.bus.kv_bucket import Bucket
+from shoal_common.bus import kv_bucket, streams
+from shoal_common.bus.kv_bucket import Bucket, Fence
 from shoal_common.bus.streams import config_mismatches, ensure_streams, stream_configs
 from shoal_common.errors import Unavailable
 from shoal_common.messages import WireStruct
@@ -85,7 +86,7 @@ async def test_I5_many_may_delete_one_key_and_only_one_writes(nats: NatsServer, 
         before = await here.last_sequence("KV_spec")
         await asyncio.gather(*(spec.delete(key) for _ in range(10)))
         assert await spec.get(key) is None
-        assert await here.last_sequence("KV_spec") == before + 1
+        assert await here.last_sequence("KV_spec") == before + 2, "a marker that stays, then one that expires"
 
 
 async def test_a_fenced_delete_spares_a_newer_value(nats: NatsServer, fresh: Fresh) -> None:
@@ -186,3 +187,40 @@ async def test_I12_one_key_written_cannot_remove_the_others(nats: NatsServer, fr
                 await here.js.publish(bucket.subject(fresh("key")), b"{}", headers={"Nats-Rollup": "all"})
             assert await bucket.get_as(key, Note) == Note(text="kept")
             assert await bucket.delete(key)
+
+
+async def test_I6_a_removed_key_stays_so_when_nats_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_bucket, "DELETE_MARKER_TTL_S", 1)
+    with NatsServer(tmp_path / "nats") as server:
+        async with joined(server) as here:
+            spec = here.buckets.spec
+            kept = await spec.put("download.a.kept", Note(text="kept"))
+            for key in ("download.a.one", "download.a.two"):
+                await spec.put(key, Note(text="wanted"))
+            assert await spec.delete("download.a.one")
+            assert await spec.delete_fenced(Fence("download.a.kept", kept), "download.a.two")
+
+            async def markers_expired() -> bool:
+                return not [k for k in await spec.keys("download.>") if k != "download.a.kept"]
+
+            await eventually(markers_expired, "the markers have expired")
+        server.restart()
+        async with joined(server) as here:
+            assert await here.buckets.spec.get_as("download.a.kept", Note) == Note(text="kept")
+            for key in ("download.a.one", "download.a.two"):
+                assert await here.buckets.spec.get(key) is None
+                assert await here.buckets.spec.create(key, Note(text="again")) is not None
+
+
+async def test_I9_a_lease_that_came_back_is_held_by_nobody(nats: NatsServer, fresh: Fresh) -> None:
+    async with joined(nats) as here:
+        key, lease = fresh("origin"), Bucket(here.js, "lease", max_age_s=0.5)
+        # Without a TTL, as the server treats one that it has found again.
+        await lease.put(key, Note(text="an earlier holder"))
+
+        async def is_free() -> bool:
+            return await lease.get(key) is None
+
+        await eventually(is_free, "it counts as expired")
+        assert await lease.create(key, Note(text="the next one"), 10) is not None
+        assert await lease.get_as(key, Note) == Note(text="the next one")

@@ -1,11 +1,20 @@
-"""A bucket: get, put, compare and set, with a TTL per key and fences."""
+"""A bucket: get, put, compare and set, with a TTL per key and fences.
+
+A server that is killed, or loses its power, rebuilds a bucket from what is in its files: a key whose marker had
+expired then has the value before the marker again (nats-server issue 8505). So a key is removed by two markers, of
+which the first never expires: it is what comes back. And a lease that came back is known by its age.
+"""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Mapping
 
 import msgspec
 from nats.js import JetStreamContext, api
 from nats.js import errors as jse
 
+from shoal_common.bus import cluster_clock
 from shoal_common.bus.streams import DELETE_MARKER_TTL_S, T, retry_while_nats_down
 from shoal_common.messages import decode, encode
 
@@ -27,13 +36,17 @@ class Fence(msgspec.Struct, frozen=True):
 KV_MARKERS = frozenset({"KV-Operation", "Nats-Marker-Reason"})
 """A message with one of these headers marks a key without a value."""
 _WRONG_LAST_SEQUENCE = (10071, 10164)
+_DELETE, _PURGE = {"KV-Operation": "DEL"}, {"KV-Operation": "PURGE"}
+_LEASE_MAX_AGE_S = DELETE_MARKER_TTL_S / 2
+"""Far beyond LEASE_TTL_S, since this machine's clock may be off; and one that came back is older than a marker."""
 
 
 class Bucket:
     """A KV bucket. All methods ride out short outages and raise Unavailable after long ones."""
 
-    def __init__(self, js: JetStreamContext, name: str) -> None:
-        self.js, self.name = js, name
+    def __init__(self, js: JetStreamContext, name: str, max_age_s: float = math.inf) -> None:
+        """`max_age_s`: older values have expired, whatever the server says."""
+        self.js, self.name, self._max_age_s = js, name, max_age_s
         self.stream = f"KV_{name}"
 
     def subject(self, key: str) -> str:
@@ -57,13 +70,16 @@ class Bucket:
     async def delete_fenced(self, fence: Fence, key: str) -> bool | None:
         """Remove a key. Returns False if it is absent already, None if the fence has changed."""
         last = await self._last_message(key)
-        if last is None or _is_marker(last):
+        if last is None or self._is_absent(last):
             return False
-        headers = {"KV-Operation": "PURGE"}
-        return True if await self._publish_fenced(fence, key, b"", headers, DELETE_MARKER_TTL_S) is not None else None
+        revision = await self._publish_fenced(fence, key, b"", _DELETE, None)
+        if revision is None:
+            return None
+        await self._expire_marker(key, revision)
+        return True
 
     async def _publish_fenced(
-        self, fence: Fence, key: str, data: bytes, headers: dict[str, str], ttl_s: int | None
+        self, fence: Fence, key: str, data: bytes, headers: Mapping[str, str], ttl_s: int | None
     ) -> int | None:
         expected = {
             "Nats-Expected-Last-Subject-Sequence": str(fence.revision),
@@ -86,7 +102,7 @@ class Bucket:
                 raise
         # A write whose ack was lost in an outage is retried, and then loses to itself.
         last = await self._last_message(key)
-        if last is not None and last.data == data and not _is_marker(last):
+        if last is not None and last.data == data and not self._is_absent(last):
             return last.seq
         return None
 
@@ -96,14 +112,14 @@ class Bucket:
         if revision is not None:
             return revision
         last = await self._last_message(key)
-        if last is not None and not _is_marker(last):
+        if last is not None and not self._is_absent(last):
             return None
         return await self.compare_and_set(key, value, (last.seq or 0) if last is not None else 0, ttl_s)
 
     async def get(self, key: str) -> KvEntry | None:
         """Return a key's value and revision, or None."""
         last = await self._last_message(key)
-        if last is None or _is_marker(last):
+        if last is None or self._is_absent(last):
             return None
         return KvEntry(value=last.data or b"", revision=last.seq or 0)
 
@@ -122,22 +138,18 @@ class Bucket:
     async def delete(self, key: str, revision: int | None = None) -> bool:
         """Remove a key; return False if it is absent already. Its marker expires after a while (I8)."""
         last = await self._last_message(key)
-        if last is None or _is_marker(last):
+        if last is None or self._is_absent(last):
             return False
-        fence = last.seq if revision is None else revision
-        headers = {
-            "KV-Operation": "PURGE",
-            "Nats-Expected-Last-Subject-Sequence": str(fence),
-        }
-        try:
-            await self._publish(key, b"", headers, DELETE_MARKER_TTL_S)
-        except jse.APIError as e:
-            if e.err_code in _WRONG_LAST_SEQUENCE and revision is not None:
-                return False
-            if e.err_code in _WRONG_LAST_SEQUENCE:
-                return await self.delete(key)
-            raise
+        fence = (last.seq or 0) if revision is None else revision
+        marker = await self._publish_fenced(Fence(key, fence), key, b"", _DELETE, None)
+        if marker is None:
+            return False if revision is not None else await self.delete(key)
+        await self._expire_marker(key, marker)
         return True
+
+    async def _expire_marker(self, key: str, revision: int) -> None:
+        """Put a marker that expires in place of the one with this revision, unless the key has been written again."""
+        await self._publish_fenced(Fence(key, revision), key, b"", _PURGE, DELETE_MARKER_TTL_S)
 
     async def _last_message(self, key: str) -> api.RawStreamMsg | None:
         try:
@@ -147,9 +159,10 @@ class Bucket:
         except jse.NotFoundError:
             return None
 
-
-def _is_marker(message: api.RawStreamMsg) -> bool:
-    return bool((message.headers or {}).keys() & KV_MARKERS)
+    def _is_absent(self, message: api.RawStreamMsg) -> bool:
+        if (message.headers or {}).keys() & KV_MARKERS:
+            return True
+        return message.time is not None and cluster_clock.now_s() - message.time.timestamp() > self._max_age_s
 
 
 class Buckets:
@@ -159,5 +172,5 @@ class Buckets:
         self.live = Bucket(js, "live")
         self.spec = Bucket(js, "spec")
         self.state = Bucket(js, "state")
-        self.lease = Bucket(js, "lease")
+        self.lease = Bucket(js, "lease", _LEASE_MAX_AGE_S)
         self.done = Bucket(js, "done")
