@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
+import struct
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shoal_common.errors import BadInput
@@ -25,11 +27,15 @@ from shoal_storage.libraries.recognize import (
     resolve_cache_link,
 )
 from shoal_storage.libraries.scanner import LibraryUnreadable, hash_file, list_library, reject_overlap
-from tests.storage.library_fixtures import cached, config, plain
+from tests.storage.library_fixtures import cached, config, plain, safetensors
 from tests.storage.store_fixtures import Model, StoreFixture, git_sha1, sha256
 
 COMMIT = "a" * 40
-FILES = {"config.json": config(), "model.safetensors": b"w" * 900, "sub/more.safetensors": b"m" * 50}
+FILES = {
+    "config.json": config(),
+    "model.safetensors": safetensors(b"w" * 900),
+    "sub/more.safetensors": safetensors(b"m" * 50),
+}
 
 
 def scan_library(root: Path) -> RecognizedModels:
@@ -60,7 +66,7 @@ def refusal(found: RecognizedModels) -> str:
 
 def test_a_cache_yields_its_snapshots_with_names_of_their_refs(tmp_path: Path) -> None:
     cached(tmp_path, "org/name", COMMIT, FILES, ("main", "refs/pr/1"))
-    cached(tmp_path, "org/name", "b" * 40, {**FILES, "model.safetensors": b"older"}, ("v1.0",))
+    cached(tmp_path, "org/name", "b" * 40, {**FILES, "model.safetensors": safetensors(b"older")}, ("v1.0",))
     (tmp_path / ".locks" / "models--org--name").mkdir(parents=True)
     (tmp_path / "version.txt").write_text("1")
     (tmp_path / "datasets--org--name" / "snapshots" / COMMIT).mkdir(parents=True)
@@ -88,7 +94,7 @@ def test_a_plain_directory_is_local_and_named_by_its_content(tmp_path: Path) -> 
     plain(tmp_path / "one", "me/tuned", {**FILES, ".cache/huggingface/x.metadata": b"1", ".gitignore": b"*"})
     plain(tmp_path / "two", "me/tuned", FILES)
     plain(tmp_path / "two", "me/notes", {"readme.md": b"no model"})
-    plain(tmp_path / "three", "me/tuned", {**FILES, "model.safetensors": b"other"})
+    plain(tmp_path / "three", "me/tuned", {**FILES, "model.safetensors": safetensors(b"other")})
     verdicts = []
     for name in ("one", "two", "three"):
         found = scan_library(tmp_path / name)
@@ -126,7 +132,7 @@ def test_another_store_yields_its_complete_models(tmp_path: Path, apples: Model,
 
 def test_a_model_with_missing_files_is_not_recognized(tmp_path: Path) -> None:
     index = b'{"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}'
-    part = {"config.json": config(), "model.safetensors.index.json": index, "model-1.safetensors": b"1"}
+    part = {"config.json": config(), "model.safetensors.index.json": index, "model-1.safetensors": safetensors(b"1")}
     cached(tmp_path / "cache", "org/name", COMMIT, part)
     assert "model-2.safetensors" in refusal(scan_library(tmp_path / "cache"))
     plain(tmp_path / "plain", "org/name", part)
@@ -137,9 +143,83 @@ def test_a_model_with_missing_files_is_not_recognized(tmp_path: Path) -> None:
     blob = (snapshot / "model.safetensors").resolve()
     blob.rename(blob.with_name(f"{blob.name}.incomplete"))
     assert "model.safetensors is missing: its download is incomplete" in refusal(scan_library(tmp_path / "broken"))
-    whole = {**part, "model-2.safetensors": b"2"}
+    whole = {**part, "model-2.safetensors": safetensors(b"2")}
     cached(tmp_path / "whole", "org/name", COMMIT, whole)
     assert {f.path for f in only(scan_library(tmp_path / "whole")).files} == set(whole)
+
+
+INDEX = "model.safetensors.index.json"
+WHOLE = safetensors(b"w" * 900)
+
+
+def index_of(*files: str) -> bytes:
+    return json.dumps({"weight_map": {f"t{i}": f for i, f in enumerate(files)}}).encode()
+
+
+@pytest.mark.parametrize("weights", ["a.safetensors", "model.safetensors", "model-1.safetensors"])
+@pytest.mark.parametrize(
+    ("index", "reason"),
+    [
+        (b'{"metadata": {"total_size": NaN}, "weight_map": {"t": "model-2.safetensors"}}', "cannot be read"),
+        (b"\xef\xbb\xbf" + index_of("model-2.safetensors"), "model-2.safetensors, which"),
+        (index_of("model-2.safetensors")[:-9], "cannot be read"),
+        (index_of("model-2.safetensors").decode().encode("utf-16"), "cannot be read"),
+        (b'{"weight_map": null}', "cannot be read"),
+        (b'{"weight_map": {"t": 2}}', "cannot be read"),
+        (b"{}", "cannot be read"),
+        (b"[]", "cannot be read"),
+        (b"", "cannot be read"),
+    ],
+)
+def test_an_index_that_cannot_be_read_is_a_refusal(tmp_path: Path, weights: str, index: bytes, reason: str) -> None:
+    files = {"config.json": config(), INDEX: index, weights: WHOLE}
+    cached(tmp_path / "cache", "org/name", COMMIT, files)
+    plain(tmp_path / "plain", "org/name", files)
+    for directory in ("cache", "plain"):
+        refused = refusal(scan_library(tmp_path / directory))
+        assert INDEX in refused and reason in refused
+
+
+def test_an_index_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    files = {
+        "config.json": config(),
+        INDEX: b"\xef\xbb\xbf" + index_of("model.safetensors"),
+        "model.safetensors": WHOLE,
+    }
+    plain(tmp_path, "org/name", files)
+    assert only(scan_library(tmp_path)).repo == "org/name"
+
+
+def test_one_weight_file_of_several_is_no_model(tmp_path: Path) -> None:
+    """As `hf download org/name model-00002-of-00003.safetensors` leaves a cache."""
+    alone = {"model-00002-of-00003.safetensors": WHOLE}
+    cached(tmp_path / "alone", "org/name", COMMIT, alone)
+    assert "config.json is missing" in refusal(scan_library(tmp_path / "alone"))
+    cached(tmp_path / "shards", "org/name", COMMIT, {**alone, "config.json": config()})
+    assert "model-00001-of-00003.safetensors" in refusal(scan_library(tmp_path / "shards"))
+    plain(tmp_path / "plain", "org/name", {**alone, "config.json": config()})
+    assert "model-00001-of-00003.safetensors" in refusal(scan_library(tmp_path / "plain"))
+
+
+@given(size_bytes=st.integers(0, len(WHOLE) - 1))
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_truncated_weights_are_no_model(tmp_path: Path, size_bytes: int) -> None:
+    root = tmp_path / str(size_bytes)
+    plain(root, "org/name", {"config.json": config(), "model.safetensors": WHOLE[:size_bytes]})
+    assert refusal(scan_library(root)).startswith("model.safetensors cannot be used: ")
+
+
+@pytest.mark.parametrize("data", [bytes(900), b"<html>" * 90, struct.pack("<Q", 4) + b"[1]}" + bytes(9)])
+def test_weights_without_a_header_are_no_model(tmp_path: Path, data: bytes) -> None:
+    cached(tmp_path, "org/name", COMMIT, {"config.json": config(), "model.safetensors": data})
+    assert "model.safetensors cannot be used" in refusal(scan_library(tmp_path))
+
+
+def test_weights_that_are_whole_again_are_a_model(tmp_path: Path) -> None:
+    directory = plain(tmp_path, "org/name", {"config.json": config(), "model.safetensors": WHOLE[:-1]})
+    assert scan_library(tmp_path).candidates == []
+    (directory / "model.safetensors").write_bytes(WHOLE)
+    assert only(scan_library(tmp_path)).repo == "org/name"
 
 
 @pytest.mark.parametrize(
@@ -299,7 +379,7 @@ def test_a_file_that_changed_since_its_listing_is_not_hashed(tmp_path: Path) -> 
     weights = directory / "model.safetensors"
 
     def written_meanwhile() -> None:
-        weights.write_bytes(b"x" * 900)
+        weights.write_bytes(b"x" * len(FILES["model.safetensors"]))
         os.utime(weights, ns=(1, 1))
 
     assert hash_file(file, written_meanwhile) is None
