@@ -15,7 +15,7 @@ from tests.storage.library_fixtures import cached, safetensors
 
 
 async def set_libraries(here: Pulls, node: str, *libraries: Path) -> None:
-    paths: list[object] = [str(path) for path in libraries]
+    paths = [str(path) for path in libraries]
     change_settings(here.site[node].home, {"storage": {"libraries": paths or None}}, lambda _: None)
     outcome = await here.ask(node, "reload", b"{}", service="storage")
     assert outcome.ok, outcome.error

@@ -42,6 +42,7 @@ async def read(url: str) -> bytes:
         ("https_proxy", "ftp://proxy"),
         ("HTTP_PROXY", "socks4://proxy:1080"),
         ("all_proxy", "http://me:hunter2@[proxy"),
+        ("ALL_PROXY", "me:hunter2@proxy:http"),
     ],
 )
 async def test_an_unusable_variable_is_named_when_the_hub_is_asked(

@@ -28,7 +28,7 @@ def manifest(*paths: str) -> Manifest:
         (("data.bin", "README.md"), ""),
     ],
 )
-def test_a_model_without_weights_that_stages_read_is_known_by_names(paths: tuple[str, ...], formats: str) -> None:
+def test_a_format_that_no_stage_reads_is_known_by_names(paths: tuple[str, ...], formats: str) -> None:
     assert unsupported_format(manifest(*paths)) == formats
 
 

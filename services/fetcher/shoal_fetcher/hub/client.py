@@ -43,7 +43,7 @@ from shoal_common.messages.manifest import Manifest, ManifestFile
 from shoal_common.names import ModelRef, check_blob, check_commit, check_file_path, is_commit
 from shoal_fetcher.errors import RateLimited
 from shoal_fetcher.hub.cache import HubBackoff, ListingCache
-from shoal_fetcher.hub.environment_transport import RESTART_HINT, is_server_url
+from shoal_fetcher.hub.environment_transport import RESTART_HINT, is_server_url, without_credentials
 from shoal_fetcher.hub.listing import HubCalls
 from shoal_fetcher.hub.range_reader import TOKEN_HINT, Body, HttpSource, hub_source, read_range, retry_after_s
 from shoal_fetcher.hub.tokens import HubTokens
@@ -80,7 +80,7 @@ class HubSettings(msgspec.Struct, frozen=True):
 def check_endpoint(endpoint: str) -> None:
     """Raise BadInput, naming HF_ENDPOINT, if it is no address of a hub."""
     if not is_server_url(endpoint, ("http", "https")):
-        raise BadInput(f"HF_ENDPOINT={endpoint.rpartition('@')[2][:200]} is not an http:// or https:// address")
+        raise BadInput(f"HF_ENDPOINT={without_credentials(endpoint)} is not an http:// or https:// address")
 
 
 class HubClient:

@@ -6,6 +6,7 @@ A node whose environment names a file that is gone still serves and places model
 from __future__ import annotations
 
 import asyncio
+import re
 import ssl
 from collections.abc import Callable, Collection, Mapping
 
@@ -17,6 +18,8 @@ RESTART_HINT = "correct it, then start the node again with `shoal down` and `sho
 _PROXIES = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY")
 _PROXY_SCHEMES = ("http", "https", "socks5", "socks5h")
 _MAX_PORT = 65535
+_CREDENTIALS = re.compile(r"(?<=//).*@|^[^/]*@")
+_MAX_SHOWN_CHARS = 200
 _CERTIFICATES: dict[str, Callable[[str], object]] = {
     "SSL_CERT_FILE": lambda path: ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cafile=path),
     "SSL_CERT_DIR": lambda path: ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(capath=path),
@@ -64,14 +67,17 @@ def is_server_url(url: str, schemes: Collection[str]) -> bool:
     return parsed.scheme in schemes and host_is_valid and 0 < (parsed.port or 1) <= _MAX_PORT
 
 
+def without_credentials(url: str) -> str:
+    """Return a URL as messages show it, which may be none."""
+    return _CREDENTIALS.sub("", url)[:_MAX_SHOWN_CHARS]
+
+
 def invalid_proxy(environ: Mapping[str, str]) -> str:
     """Return which proxy cannot be used; "" if none. The password of a proxy is left out."""
     for name in (spelling for proxy in _PROXIES for spelling in (proxy, proxy.lower())):
         url = environ.get(name, "")
         if url and not is_server_url(url if "://" in url else f"http://{url}", _PROXY_SCHEMES):
-            scheme, separator, rest = url.rpartition("://")
-            without_password = f"{scheme}{separator}{rest.rpartition('@')[2]}"
-            return f"{name}={without_password} is not the address of a proxy ({', '.join(_PROXY_SCHEMES)})"
+            return f"{name}={without_credentials(url)} is not the address of a proxy ({', '.join(_PROXY_SCHEMES)})"
     return ""
 
 

@@ -1,4 +1,4 @@
-"""Whether a model can be run here, by the names of its files: what cannot is said before its bytes are fetched. Pure."""
+"""Whether a model can run here, by the names of its files, so that a refusal comes before the bytes. Pure."""
 
 from __future__ import annotations
 
