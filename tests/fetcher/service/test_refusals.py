@@ -219,3 +219,14 @@ async def test_what_cannot_run_here_is_fetched_only_when_insisted_on(site: Site)
         await here.pull_ok("a")  # it is here
         code, _ = await here.pull_fails("b")
         assert code == "unsupported"
+
+
+async def test_an_unusable_environment_is_named_when_the_hub_is_asked(site: Site) -> None:
+    site.make({"config.json": b"{}"})
+    async with site.join() as here:
+        await site["a"].restart(here.here, "fetcher", SSL_CERT_FILE="/gone/ca.pem", HTTPS_PROXY="http://proxy:http")
+        code, message = await here.pull_fails("a")
+        assert code == "refused" and "HTTPS_PROXY=http://proxy:http" in message
+        await here.pull_ok("b")
+        await here.pull_ok("a")  # from b: the hub is not needed
+        await site["a"].restart(here.here, "fetcher")
