@@ -212,9 +212,16 @@ def hub_with(tree: bytes) -> Answer:
     return hub(answer)
 
 
+async def test_a_web_page_in_place_of_a_listing_is_named() -> None:
+    async with serving(hub_with(reply(200, b"<html>login", content_type="text/html"))) as server:
+        message = (await refused(server.url)).message
+    assert "web page (text/html, 11 B) in place of the listing /api/models/org/many/tree/" in message
+
+
 async def test_a_compressed_listing_is_refused_unread() -> None:
     async with serving(hub_with(reply(200, b"\x1f\x8b", content_encoding="gzip"))) as server:
-        assert "compresses listings unasked" in (await refused(server.url)).message
+        message = (await refused(server.url)).message
+        assert "compresses listings unasked" in message and ": gzip, 2 B" in message
     assert {asked.headers["accept-encoding"] for asked in server.asked} == {"identity"}
 
 

@@ -108,9 +108,9 @@ async def test_a_link_refused_for_ever_is_no_denial() -> None:
     assert "Signature" not in caught.value.message and "HF_TOKEN" not in caught.value.message
 
 
-async def test_a_renamed_model_that_the_hub_refuses_is_denied() -> None:
+@pytest.mark.parametrize("new", ["/new/resolve/c/f", "/api/resolve-cache/models/new/c/f"])
+async def test_a_renamed_model_that_the_hub_refuses_is_denied(new: str) -> None:
     async def answer(asked: Asked, writer: asyncio.StreamWriter) -> None:
-        new = "/new/resolve/c/f"
         writer.write(reply(401) if asked.path == new else reply(307, location=new))
 
     async with serving(answer) as server:

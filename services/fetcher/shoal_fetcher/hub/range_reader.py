@@ -34,6 +34,7 @@ _CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)")
 _RATE_LIMIT_RESET = re.compile(r"\bt=(\d+)")
 
 
+_HUB_PATHS = ("/resolve", "/api/")
 _NO_REFUSALS = (408, 416, 429)
 _MAX_LENGTH_DIGITS = 20
 _ON_THE_WAY = "a proxy or a login page may be on the way"
@@ -159,11 +160,10 @@ def origin_of(url: httpx2.URL) -> tuple[str, str, int | None]:
 def is_refused_link(request: httpx2.Request, response: httpx2.Response) -> bool:
     """Return whether the hub redirected to a content network, and that refuses the link.
 
-    The hub's own redirects, such as that of a renamed model, lead to its own `/resolve…/` addresses.
+    The hub's own redirects, such as to https or that of a renamed model, lead to its own host and paths.
     """
-    is_hub = response.url == request.url or (
-        origin_of(response.url) == origin_of(request.url) and "/resolve" in response.url.path
-    )
+    asked, answered = request.url, response.url
+    is_hub = answered == asked or (answered.host == asked.host and any(part in answered.path for part in _HUB_PATHS))
     return not is_hub and 400 <= response.status_code < 500 and response.status_code not in _NO_REFUSALS
 
 
