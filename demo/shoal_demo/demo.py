@@ -104,7 +104,9 @@ def _nodes(hub_url: str) -> Iterator[tuple[list[str], Path]]:
 
 def _show(hub_url: str, gateways: list[str], key_file: Path, hub_bytes: Any) -> dict[str, Any]:
     started_s, key = time.monotonic(), key_file.read_text().strip()
-    with httpx2.Client(timeout=_HTTP_TIMEOUT_S, headers={"Authorization": f"Bearer {key}"}) as client:
+    with httpx2.Client(
+        trust_env=False, timeout=_HTTP_TIMEOUT_S, headers={"Authorization": f"Bearer {key}"}
+    ) as client:
 
         def call(method: str, path: str, body: dict[str, Any] | None = None) -> Any:
             return client.request(method, gateways[0] + path, json=body).raise_for_status().json()

@@ -47,6 +47,7 @@ class Cluster:
         self.requests: list[tuple[str, str, Any]] = []
         self.headers: dict[str, str] = {}
         self.models: list[dict[str, Any]] = []
+        self.incomplete: list[str] = []
         self.downloads: list[list[dict[str, Any]]] = [[]]
         self.outcomes: dict[str, dict[str, Any]] = {}
         self.commands: dict[str, str] = {"node-a": "c1"}
@@ -100,6 +101,7 @@ class Cluster:
     async def _status(self, request: Request) -> Response:
         storage = {"node": "node-a", "quota_bytes": 10**12, "used_bytes": 5 * 10**9, "free_bytes": 3 * 10**11}
         storage |= {"foreign_count": 3, "foreign_bytes": 7, "foreign_files": ["index.db"]}
+        storage["incomplete"] = self.incomplete
         services = {"gateway": {"version": "0.1.0", "pid": 7, "host": "h", "uptime_s": 65.0, "addresses": ["x:1"]}}
         services["fileserver"] = {**services["gateway"], "addresses": ["192.0.2.7:4242", "x:2"]}
         up = {"node": "node-a", "live": True, "services": services, "missing_services": [], "storage": storage}

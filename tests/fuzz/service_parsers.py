@@ -43,6 +43,7 @@ _COMMIT = "c" * 40
 _PLACE = handshake.RingPlace(
     instance="i", epoch=1, rank=1, stages=3, successor_secret=b"s" * 32, predecessor_secret=b"s" * 32
 )
+_FILE = ManifestFile(path="f", size_bytes=100)
 _NONCE = bytes(handshake.NONCE_BYTES)
 
 
@@ -80,7 +81,7 @@ def _range_head(data: bytes) -> None:
         )
         async with (
             httpx2.AsyncClient(transport=answered) as client,
-            read_range(client, "http://hub/f", {}, 0, 100, hub_source("http://hub")) as reading,
+            read_range(client, "http://hub/f", {}, 0, 100, hub_source("http://hub"), _FILE) as reading,
         ):
             async for _ in reading.chunks:
                 pass

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
+import struct
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
@@ -27,6 +29,13 @@ from tests.storage.store_fixtures import Model, git_sha1, sha256
 def config() -> bytes:
     """A file that every model has and that is named by its git sha1."""
     return b'{"model_type": "none"}'
+
+
+def safetensors(data: bytes, *, claimed_bytes: int | None = None) -> bytes:
+    """A safetensors file of one tensor with this data; its header claims as many bytes, unless told otherwise."""
+    size = len(data) if claimed_bytes is None else claimed_bytes
+    header = json.dumps({"w": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
+    return struct.pack("<Q", len(header)) + header + data
 
 
 def cached(root: Path, repo: str, commit: str, files: Mapping[str, bytes], refs: tuple[str, ...] = ("main",)) -> Path:
@@ -88,10 +97,10 @@ def _mount(*arguments: str) -> int:
     return subprocess.run(["mount", *arguments], check=False, capture_output=True).returncode
 
 
-WEIGHTS = bytes(range(256)) * 9000
+WEIGHTS = safetensors(bytes(range(256)) * 9000)
 
 
-FILES = {"config.json": config(), "model.safetensors": WEIGHTS, "sub/more.safetensors": b"m" * 50}
+FILES = {"config.json": config(), "model.safetensors": WEIGHTS, "sub/more.safetensors": safetensors(b"m" * 50)}
 
 
 THEIRS = Model("org/theirs", FILES)

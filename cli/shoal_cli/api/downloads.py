@@ -44,9 +44,12 @@ class ModelPull:
         """The nodes that were asked."""
         return list(self._commands)
 
-    def request(self, nodes: Sequence[str], all_nodes: bool) -> None:
-        """Send the download request. Raises the error of the first node that refuses."""
-        body: dict[str, Any] = {"model": self.model}
+    def request(self, nodes: Sequence[str], all_nodes: bool, force: bool = False) -> None:
+        """Send the download request; `force`: also for a model that cannot run here.
+
+        Raises the error of the first node that refuses.
+        """
+        body: dict[str, Any] = {"model": self.model, **({"force": True} if force else {})}
         if all_nodes or nodes:
             body["nodes"] = "all" if all_nodes else list(nodes)
         answer = self._gateway.post("/v1/downloads", body, DownloadsView)

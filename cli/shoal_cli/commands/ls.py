@@ -17,7 +17,8 @@ from shoal_common.messages.views import StatusView
 app = new_app()
 
 JSON_HELP = """--json prints {"models": [{"model", "repo", "commit", "nodes": [node], "size_bytes",
-"library_directory": {node: directory of a library}}]}; with --fits {"models": [{"model", "size_bytes", "tier":
+"library_directory": {node: directory of a library}}], and,
+where models have lost files, "incomplete": {node: [model]}}; with --fits {"models": [{"model", "size_bytes", "tier":
 "fits", "tight", "force" or "", "preview": as in `shoal place --preview`, or null, "reason"}]}. Fields are only ever
 added."""
 
@@ -33,17 +34,24 @@ def ls(
     home: HomeOption = "",
 ) -> int:
     """List the models that nodes hold."""
-    from shoal_cli.render.tables import fits_table, models_table  # noqa: PLC0415
+    from shoal_cli.render.tables import fits_table, incomplete_lines, models_table  # noqa: PLC0415
 
     cli = CliContext(ctx)
     if fits:
         return cli.render(cli.gateway.get("/v1/placements/fits", FittingModels), fits_table)
     answer = cli.gateway.get("/v1/status", JsonObject)
     if cli.as_json:
-        return cli.print_json({"models": answer.get("models", [])})
-    held = msgspec.convert(answer, StatusView).models
-    if held:
-        cli.out.print(models_table(held), crop=False)
-    else:
+        states = {n["node"]: n.get("storage") or {} for n in answer.get("nodes", [])}
+        incomplete = {node: models for node, s in states.items() if (models := s.get("incomplete"))}
+        return cli.print_json(
+            {"models": answer.get("models", []), **({"incomplete": incomplete} if incomplete else {})}
+        )
+    status = msgspec.convert(answer, StatusView)
+    incomplete_models = incomplete_lines(status)
+    for line in incomplete_models:
+        cli.print(line)
+    if status.models:
+        cli.out.print(models_table(status.models), crop=False)
+    elif not incomplete_models:
         cli.print("no node holds a model yet: `shoal pull org/name` downloads one")
     return 0

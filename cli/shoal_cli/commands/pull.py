@@ -46,6 +46,7 @@ def pull(
         ),
     ] = [],  # noqa: B006
     all_nodes: Annotated[bool, typer.Option("--all", help="to every node that is up")] = False,
+    force: Annotated[bool, typer.Option("--force", help="also a model that cannot run here, such as GGUF")] = False,
     no_wait: Annotated[bool, typer.Option("--no-wait", help="send the request and return")] = False,
     as_json: JsonOption = False,
     gateway: GatewayOption = "",
@@ -53,7 +54,8 @@ def pull(
 ) -> int:
     """Download a model to a node.
 
-    A gated or private one comes with your token: HF_TOKEN, or `hf auth login`.
+    A gated or private one comes with your token: HF_TOKEN, or `hf auth login`. One whose weights are in a format that
+    cannot run here is refused before any of it is downloaded.
     """
     from shoal_cli.render.progress_display import progress_display  # noqa: PLC0415
 
@@ -65,7 +67,7 @@ def pull(
         cli.home, request.model, None if all_nodes else wanted, cli.has_own_gateway, cli.environ
     )
     try:
-        request.request(wanted, all_nodes)
+        request.request(wanted, all_nodes, force)
     except Denied as e:
         raise with_reason(e, not_given) from None
     if no_wait:

@@ -25,7 +25,7 @@ app = new_app()
 
 _JSON = """--json prints {"nodes": {node: {"checked", "checked_bytes", "corrupt": [blob], "bad_leaves",
 "missing": [blob], "models": [now incomplete], "instances": [of those models], "incomplete": [all]}}}.
-The exit code is 8 when anything is corrupt or missing. Fields are only ever added."""
+The exit code is 8 when anything is corrupt, missing or incomplete. Fields are only ever added."""
 
 
 @app.command(cls=CommandHelp, epilog=_JSON)
@@ -43,7 +43,8 @@ def verify(
     answer, lines, damaged = verify_nodes(cli.gateway, select_nodes(ctx), model), list[str](), False
     for name, view in by_node(answer, VerifyView):
         lines.append(verify_line(name, view))
-        lines += [f"  {m} is incomplete: `shoal repair {m} --node {name}` repairs it" for m in view.models]
+        incomplete = sorted({*view.models, *view.incomplete})
+        lines += [f"  {m} is incomplete: `shoal repair {m} --node {name}` repairs it" for m in incomplete]
         lines += suspect_instance_lines(view)
-        damaged = damaged or bool(view.corrupt or view.missing)
+        damaged = damaged or bool(view.corrupt or view.missing or incomplete)
     return cli.finish(CommandResult(answer, lines, exit_code=Corrupt.exit_code if damaged else 0))

@@ -18,6 +18,7 @@ from shoal_cli.doctor.checks import (
     disk,
     duplicate_ids,
     machine,
+    models,
     nats,
     peers,
     permissions,
@@ -64,6 +65,7 @@ CHECKS: tuple[str, ...] = (
     versions.CHECK,
     disk.DISK,
     disk.VOLUMES,
+    models.CHECK,
     permissions.CHECK,
     machine.MEMORY,
     machine.LIMITS,
@@ -183,10 +185,14 @@ async def _disk(local: LocalNode, cluster: asyncio.Task[ClusterProbe]) -> list[F
     try:
         facts = await _gather_blocking(lambda: disk_probe.probe(local))
     except _ProbeFailed as e:
-        return [_probe_failed(disk.DISK, e)]
+        return [_probe_failed(disk.DISK, e), _probe_failed(models.CHECK, e)]
     seen = await cluster
     runs = "storage" in _own_services(local, seen.samples)
-    return disk.check(msgspec.structs.replace(facts, state=seen.storage if runs else None, storage_runs=runs))
+    state = seen.storage if runs else None
+    return [
+        *disk.check(msgspec.structs.replace(facts, state=state, storage_runs=runs)),
+        *models.check(local.node, state),
+    ]
 
 
 async def _services(local: LocalNode, cluster: asyncio.Task[ClusterProbe]) -> list[Finding]:

@@ -41,12 +41,21 @@ def storage_lines(views: Sequence[StorageView], now_s: float) -> list[str]:
             f"{node}: seals of node {sealer} do not count: it sealed a corrupt blob"
             for sealer in state.distrusted_sealers
         ]
+        lines += incomplete_model_warnings(node, state)
         lines += foreign_file_warnings(node, state)
         lines += [f"{node}: {volume_text(volume)}" for volume in state.volumes]
         for library in state.libraries:
             lines += [f"{node}: {line}" for line in library_lines(library)]
         lines += [f"{node}: {name} is set by the environment" for name in state.overridden_by_env]
     return lines
+
+
+def incomplete_model_warnings(node: str, state: StorageState) -> list[str]:
+    """Return the models that have lost files, each with what repairs it."""
+    return [
+        f"{node}: {model} is incomplete: `shoal repair {model} --node {node}` repairs it"
+        for model in state.incomplete
+    ]
 
 
 def foreign_file_warnings(node: str, state: StorageState) -> list[str]:
@@ -132,6 +141,8 @@ def verify_line(node: str, view: VerifyView) -> str:
     leaves = f" ({format_count(view.bad_leaves, 'corrupt leaf')})" if view.bad_leaves else ""
     damage = [f"{len(view.corrupt)} corrupt and in quarantine{leaves}"] if view.corrupt else []
     damage += [f"{len(view.missing)} missing"] if view.missing else []
+    if view.incomplete and not damage:
+        damage = [f"{format_count(len(view.incomplete), 'model')} incomplete from before"]
     return f"{checked}: {', '.join(damage) or 'all intact'}"
 
 

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from shoal_cli.render.progress import progress_line
-from shoal_cli.render.storage_text import foreign_file_warnings, shard_text
+from shoal_cli.render.storage_text import foreign_file_warnings, incomplete_model_warnings, shard_text
 from shoal_common.messages.downloads import ENDED_PHASES
 from shoal_common.messages.placement import FittingModels, Previews, Rebalances
 from shoal_common.messages.storage import StorageState
@@ -36,6 +36,7 @@ def render_status(status: StatusView) -> RenderableType:
     """Return everything that `shoal status` shows."""
     parts: list[RenderableType] = [nodes_table(status)]
     parts += [Text(line) for n in status.nodes if n.storage for line in foreign_file_warnings(n.node, n.storage)]
+    parts += [Text(line, style="red") for line in incomplete_lines(status)]
     if not status.nats_connected:
         parts.insert(0, Text("this gateway has lost NATS: what follows may be outdated", style="red"))
     running = [d for d in status.downloads if d.phase not in ENDED_PHASES]
@@ -47,6 +48,11 @@ def render_status(status: StatusView) -> RenderableType:
     if status.instances:
         parts += [Text("\ninstances", style="bold"), instances_table(status.instances)]
     return Group(*parts)
+
+
+def incomplete_lines(status: StatusView) -> list[str]:
+    """Return the incomplete models of all nodes, each with what repairs it."""
+    return [line for n in status.nodes if n.storage for line in incomplete_model_warnings(n.node, n.storage)]
 
 
 def nodes_table(status: StatusView) -> RenderableType:

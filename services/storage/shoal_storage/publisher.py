@@ -23,7 +23,7 @@ from shoal_common.settings.values import changeable, overridden_by_env
 from shoal_storage.context import StorageContext
 from shoal_storage.ledger.entries import Shard
 from shoal_storage.ledger.lease import to_lease_states
-from shoal_storage.ledger.references import bytes_of_paused_models
+from shoal_storage.ledger.references import bytes_of_paused_models, damaged_models
 from shoal_storage.publish_queue import PublishBatch
 from shoal_storage.section import Held
 from shoal_storage.store.commit import link_view
@@ -183,6 +183,7 @@ class StatePublisher:
             libraries=self._libraries(),
             volumes=volumes,
             distrusted_sealers=distrusted_sealers,
+            incomplete=[] if ledger.store_missing else damaged_models(ledger),
         )
 
     async def _put_or_delete(self, key: str, value: object | None) -> None:

@@ -48,10 +48,10 @@ def test_pull_shows_progress_until_the_commands_outcome(cluster: Cluster, capsys
 
 def test_pull_sends_the_request_to_the_named_nodes(cluster: Cluster, capsys: Capture) -> None:
     run(["pull", MODEL, "--node", "node-b", "--node", "node-c", "--no-wait"])
-    run(["pull", f"{MODEL}@v1", "--all", "--no-wait"])
+    run(["pull", f"{MODEL}@v1", "--all", "--force", "--no-wait"])
     assert cluster.asked("POST", "/v1/downloads") == [
         {"model": MODEL, "nodes": ["node-b", "node-c"]},
-        {"model": f"{MODEL}@v1", "nodes": "all"},
+        {"model": f"{MODEL}@v1", "nodes": "all", "force": True},
     ]
     assert (
         capsys.readouterr().out.splitlines()[0] == "requested org/fish on node-a; `shoal status` shows its progress"

@@ -194,6 +194,16 @@ def test_ls_lists_models_and_shows_how_to_get_one(cluster: Cluster, capsys: Capt
     assert "org/fish" in output and COMMIT[:8] in output and "node-a, node-b" in output
 
 
+def test_an_incomplete_model_stays_in_sight(cluster: Cluster, capsys: Capture) -> None:
+    cluster.incomplete = ["org/fish@c0"]
+    line = "node-a: org/fish@c0 is incomplete: `shoal repair org/fish@c0 --node node-a` repairs it"
+    for command in (["ls"], ["status"]):
+        assert run(command) == 0
+        assert line in " ".join(capsys.readouterr().out.split())
+    assert run(["ls", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["incomplete"] == {"node-a": ["org/fish@c0"]}
+
+
 def test_I12_a_homes_key_is_shown_to_its_own_gateway_only(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Capture
 ) -> None:

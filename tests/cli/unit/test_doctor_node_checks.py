@@ -16,6 +16,7 @@ from shoal_cli.doctor.checks import (
     disk,
     duplicate_ids,
     machine,
+    models,
     nats,
     peers,
     permissions,
@@ -238,6 +239,16 @@ def test_a_missing_volume_is_reported(facts: dict[str, Any], level: str, texts: 
     assert_finding(only(disks(**facts), "volumes"), level, *texts)
 
 
+def test_an_incomplete_model_is_a_problem_with_its_repair() -> None:
+    found = models.check("a", state(incomplete=["org/name@c"], quarantined=["ab" * 32], distrusted_sealers=["b"]))
+    assert [f.level for f in found] == ["problem", "warning", "warning"]
+    assert_finding(found[0], "problem", "org/name@c is incomplete", "shoal repair org/name@c --node a")
+    assert_finding(found[1], "warning", "1 corrupt blob in quarantine: abababababababab…")
+    assert_finding(found[2], "warning", "seals of node b do not count")
+    assert_finding(only(models.check("a", state(model_count=2))), "ok", "2 models, none incomplete")
+    assert_finding(only(models.check("a", None)), "skipped")
+
+
 def test_the_doctors_copy_of_the_ballasts_factor_is_right() -> None:
     assert disk.BALLAST_FREE_FACTOR == ballast._MIN_FREE_MULTIPLE
 
@@ -340,7 +351,19 @@ def test_every_word_of_a_finding_is_printed_at_any_width(width: int) -> None:
 def test_every_check_has_its_place_in_the_page() -> None:
     made = {
         value
-        for module in (clocks, disk, duplicate_ids, machine, nats, peers, permissions, ports, services, versions)
+        for module in (
+            clocks,
+            disk,
+            duplicate_ids,
+            machine,
+            models,
+            nats,
+            peers,
+            permissions,
+            ports,
+            services,
+            versions,
+        )
         for name, value in vars(module).items()
         if name in ("CHECK", "DISK", "VOLUMES", "MEMORY", "LIMITS", "NATS", "STREAMS", "NATS_STORE")
     }

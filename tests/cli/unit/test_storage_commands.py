@@ -329,9 +329,20 @@ def test_verify_ends_with_0_only_when_all_is_intact(cluster: Cluster, capsys: Ca
         f"  {HELD} is incomplete: `shoal repair {HELD} --node node-a` repairs it",
         "  instance i1 may have loaded corrupt bytes: `shoal stop i1`",
     ]
+    cluster.disk_results = {"node-a": {"checked": 1, "checked_bytes": 2 * GB, "incomplete": [HELD]}}
+    assert run(["verify", "--node", "node-a"]) == Corrupt.exit_code, "found corrupt earlier: nothing is left to hash"
+    assert capsys.readouterr().out.splitlines() == [
+        "node-a: verified 1 blob, 2.0 GB: 1 model incomplete from before",
+        f"  {HELD} is incomplete: `shoal repair {HELD} --node node-a` repairs it",
+    ]
     assert run(["verify", "--json"]) == Corrupt.exit_code
     assert json.loads(capsys.readouterr().out) == {"nodes": cluster.disk_results}
-    assert cluster.asked("POST", "/v1/storage/verify") == [{}, {"node": "node-a", "model": MODEL}, {}]
+    assert cluster.asked("POST", "/v1/storage/verify") == [
+        {},
+        {"node": "node-a", "model": MODEL},
+        {"node": "node-a"},
+        {},
+    ]
 
 
 def repaired(cluster: Cluster, **outcome: Any) -> None:

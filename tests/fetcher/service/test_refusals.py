@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 
 import pytest
 
@@ -203,3 +204,29 @@ async def test_cancelling_what_was_never_requested_is_answered(site: Site) -> No
     async with site.join() as here:
         question = StopDownloads(repo=site.repo)
         assert await RpcClient(here.here.nats)("fetcher", "a", "stop_downloads", question, Empty) == Empty()
+
+
+async def test_what_cannot_run_here_is_fetched_only_when_insisted_on(site: Site) -> None:
+    site.make(files := {"model-Q4_K_M.gguf": noise(300_000, site.repo), "README.md": b"# GGUF"})
+    async with site.join() as here:
+        code, message = await here.pull_fails("a")
+        assert code == "unsupported" and "GGUF" in message and "--force" in message
+        assert site.hub_bytes() == 0, "it is said before the bytes"
+        forced = json.dumps({"model": site.repo, "force": True}).encode()
+        outcome = await here.ask("a", "download", forced)
+        assert outcome.ok, outcome.error
+        await here.assert_complete("a", files)
+        await here.pull_ok("a")  # it is here
+        code, _ = await here.pull_fails("b")
+        assert code == "unsupported"
+
+
+async def test_an_unusable_environment_is_named_when_the_hub_is_asked(site: Site) -> None:
+    site.make({"config.json": b"{}"})
+    async with site.join() as here:
+        await site["a"].restart(here.here, "fetcher", SSL_CERT_FILE="/gone/ca.pem", HTTPS_PROXY="http://proxy:http")
+        code, message = await here.pull_fails("a")
+        assert code == "refused" and "HTTPS_PROXY=http://proxy:http" in message
+        await here.pull_ok("b")
+        await here.pull_ok("a")  # from b: the hub is not needed
+        await site["a"].restart(here.here, "fetcher")

@@ -39,6 +39,7 @@ REF = ModelRef("org/many")
 COMMIT = "c" * 40
 REVISION = json.dumps({"id": REF.repo, "sha": COMMIT, "siblings": [], "tags": []}).encode()
 PIECE = b" " * (1 << 20)
+FILE = ManifestFile(path="f", size_bytes=3)
 FOLDER = json.dumps([{"type": "directory", "path": "a", "oid": "b" * 40}]).encode()
 
 
@@ -163,7 +164,7 @@ async def test_the_body_of_a_redirect_is_not_read() -> None:
     async with (
         serving(endless) as server,
         make_hub_client() as client,
-        read_range(client, f"{server.url}/file", {}, 0, 3, hub_source(server.url)) as body,
+        read_range(client, f"{server.url}/file", {}, 0, 3, hub_source(server.url), FILE) as body,
     ):
         assert b"".join([chunk async for chunk in body.chunks]) == b"abc"
     assert sent_bytes < 32 << 20
@@ -177,7 +178,7 @@ async def test_a_head_that_trickles_ends_with_its_time(monkeypatch: pytest.Monke
 
     async with serving(trickle) as server, make_hub_client() as client:
         with pytest.raises(Unavailable, match=r"hub 127\.0\.0\.1.*did not begin to answer"):
-            async with read_range(client, f"{server.url}/file", {}, 0, 3, hub_source(server.url)):
+            async with read_range(client, f"{server.url}/file", {}, 0, 3, hub_source(server.url), FILE):
                 pass
 
 
@@ -211,9 +212,16 @@ def hub_with(tree: bytes) -> Answer:
     return hub(answer)
 
 
+async def test_a_web_page_in_place_of_a_listing_is_named() -> None:
+    async with serving(hub_with(reply(200, b"<html>login", content_type="text/html"))) as server:
+        message = (await refused(server.url)).message
+    assert "web page (text/html, 11 B) in place of the listing /api/models/org/many/tree/" in message
+
+
 async def test_a_compressed_listing_is_refused_unread() -> None:
     async with serving(hub_with(reply(200, b"\x1f\x8b", content_encoding="gzip"))) as server:
-        assert "compresses listings unasked" in (await refused(server.url)).message
+        message = (await refused(server.url)).message
+        assert "compresses listings unasked" in message and ": gzip, 2 B" in message
     assert {asked.headers["accept-encoding"] for asked in server.asked} == {"identity"}
 
 
@@ -230,7 +238,7 @@ async def test_cookies_of_a_hub_are_not_kept() -> None:
     answer = reply(206, b"abc", content_range="bytes 0-2/3", set_cookie="a=b")
     async with serving(answer) as server, make_hub_client() as client:
         for _ in range(2):
-            async with read_range(client, f"{server.url}/f", {}, 0, 3, hub_source(server.url)):
+            async with read_range(client, f"{server.url}/f", {}, 0, 3, hub_source(server.url), FILE):
                 pass
         assert not list(client.cookies.jar)
     assert [asked.headers.get("cookie") for asked in server.asked] == [None, None]

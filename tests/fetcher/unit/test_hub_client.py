@@ -13,7 +13,7 @@ import pytest
 from huggingface_hub import errors, set_client_factory
 from huggingface_hub.utils._http import default_client_factory
 
-from shoal_common.errors import BadInput, BadName, Denied, HubUnavailable, NotFound, ShoalError, Unsupported
+from shoal_common.errors import BadName, Denied, HubUnavailable, NotFound, Refused, ShoalError, Unsupported
 from shoal_common.messages.manifest import Manifest, ManifestFile
 from shoal_common.names import ModelRef
 from shoal_demo.faults import Faults, RateLimit
@@ -351,9 +351,16 @@ def test_the_environment_is_read_as_huggingface_hub_reads_it(environ: dict[str, 
 
 @pytest.mark.parametrize("token", ["hf_x\nX-Header: y", "hf_x y", "hf_ü", "hf_x\x00"])
 def test_a_token_that_is_no_header_is_refused_unread(token: str) -> None:
-    with pytest.raises(BadInput, match="HF_TOKEN") as refused:
-        HubSettings.read({"HF_TOKEN": token})
-    assert token not in refused.value.message and "hf_" not in refused.value.message
+    settings = HubSettings.read({"HF_TOKEN": token})
+    assert "HF_TOKEN" in settings.invalid and token not in settings.invalid and "hf_" not in settings.invalid
+
+
+@pytest.mark.parametrize("endpoint", ["hub.example", "http://hub:99999", "http://[hub", "ftp://hub", "http://"])
+async def test_an_endpoint_that_is_none_is_named_when_the_hub_is_asked(endpoint: str) -> None:
+    async with make_hub_client() as client:
+        hub = HubClient(HubSettings.read({"HF_ENDPOINT": endpoint}), client)
+        with pytest.raises(Refused, match="HF_ENDPOINT"):
+            await hub.resolve(REF)
 
 
 def test_the_tests_repositories_are_where_the_hub_reads_them(tmp_path: Path) -> None:

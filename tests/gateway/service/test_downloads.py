@@ -71,14 +71,14 @@ async def test_rest_sends_the_documented_command_and_nothing_else(gateway: Runni
         await c.joined.client.flush()
         peer = await fetcher(c, "a")
         peer.may_answer.set()
-        body = {"model": "org/big@v1", "nodes": ["a"], "wait": True, "deadline_s": 30}
+        body = {"model": "org/big@v1", "nodes": ["a"], "wait": True, "deadline_s": 30, "force": True}
         command = (await c.http.post("/v1/downloads", json=body)).json()["commands"]["a"]
         message = await sent.next_msg(timeout=5)
         assert sent.pending_msgs == 0
     assert message.subject == "shoal.v1.cmd.fetcher.a.download"
     sent_body = msgspec.json.decode(message.data)
     assert sent_body.pop("expires_at_s") > 0
-    assert sent_body == {"model": "org/big@v1", "deadline_s": 30}
+    assert sent_body == {"model": "org/big@v1", "deadline_s": 30, "force": True}
     assert message.headers is not None and message.headers["Nats-Msg-Id"] == command
 
 

@@ -229,6 +229,7 @@ async def test_I1_a_copy_with_a_wrong_byte_is_never_offered_or_deleted(
             assert (state.unverified_count, state.foreign_bytes) == (0, len(wrong))
             assert state.foreign_files == [str(path.relative_to(node.layout.root))]
             assert state.used_bytes == LARGE.sealed.size_bytes
+            assert state.incomplete == [LARGE.name], "it stays in sight"
             await process.wait_line("copied-in file is corrupt; left in place", WEIGHTS)
             assert (await fileserver.blob(WEIGHTS)).status == 404
             assert (await node.command("gc", CollectGarbage())).ok

@@ -100,6 +100,7 @@ async def test_I1_one_flipped_byte_is_found_never_served_and_repaired(
                     path for path, data in model.bytes.items() if data == blobs[blob] and (view / path).exists()
                 ]
             assert (await node.storage_state()).quarantined == [blob]
+            assert (await node.storage_state()).incomplete == sorted(m.name for m in hit)
             assert sha256((node.layout.quarantine / blob).read_bytes()) != blob
             assert ("quarantined", [m.name for m in sorted(hit, key=lambda m: m.name)]) in [
                 (name, event.get("models")) for name, event in (await node.events())[-1:]
@@ -114,6 +115,7 @@ async def test_I1_one_flipped_byte_is_found_never_served_and_repaired(
             assert (await fileserver.blob(blob)).body == blobs[blob]
             assert all([await node.model_state(m) for m in hit])
             assert (await node.storage_state()).quarantined == []
+            assert (await node.storage_state()).incomplete == []
             assert files_below(node.layout.root) == files_of(LARGE, TWIN)
             check_invariants(node.layout.root)
 

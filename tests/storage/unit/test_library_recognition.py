@@ -25,11 +25,15 @@ from shoal_storage.libraries.recognize import (
     resolve_cache_link,
 )
 from shoal_storage.libraries.scanner import LibraryUnreadable, hash_file, list_library, reject_overlap
-from tests.storage.library_fixtures import cached, config, plain
+from tests.storage.library_fixtures import cached, config, plain, safetensors
 from tests.storage.store_fixtures import Model, StoreFixture, git_sha1, sha256
 
 COMMIT = "a" * 40
-FILES = {"config.json": config(), "model.safetensors": b"w" * 900, "sub/more.safetensors": b"m" * 50}
+FILES = {
+    "config.json": config(),
+    "model.safetensors": safetensors(b"w" * 900),
+    "sub/more.safetensors": safetensors(b"m" * 50),
+}
 
 
 def scan_library(root: Path) -> RecognizedModels:
@@ -60,7 +64,7 @@ def refusal(found: RecognizedModels) -> str:
 
 def test_a_cache_yields_its_snapshots_with_names_of_their_refs(tmp_path: Path) -> None:
     cached(tmp_path, "org/name", COMMIT, FILES, ("main", "refs/pr/1"))
-    cached(tmp_path, "org/name", "b" * 40, {**FILES, "model.safetensors": b"older"}, ("v1.0",))
+    cached(tmp_path, "org/name", "b" * 40, {**FILES, "model.safetensors": safetensors(b"older")}, ("v1.0",))
     (tmp_path / ".locks" / "models--org--name").mkdir(parents=True)
     (tmp_path / "version.txt").write_text("1")
     (tmp_path / "datasets--org--name" / "snapshots" / COMMIT).mkdir(parents=True)
@@ -88,7 +92,7 @@ def test_a_plain_directory_is_local_and_named_by_its_content(tmp_path: Path) -> 
     plain(tmp_path / "one", "me/tuned", {**FILES, ".cache/huggingface/x.metadata": b"1", ".gitignore": b"*"})
     plain(tmp_path / "two", "me/tuned", FILES)
     plain(tmp_path / "two", "me/notes", {"readme.md": b"no model"})
-    plain(tmp_path / "three", "me/tuned", {**FILES, "model.safetensors": b"other"})
+    plain(tmp_path / "three", "me/tuned", {**FILES, "model.safetensors": safetensors(b"other")})
     verdicts = []
     for name in ("one", "two", "three"):
         found = scan_library(tmp_path / name)
@@ -126,7 +130,7 @@ def test_another_store_yields_its_complete_models(tmp_path: Path, apples: Model,
 
 def test_a_model_with_missing_files_is_not_recognized(tmp_path: Path) -> None:
     index = b'{"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}'
-    part = {"config.json": config(), "model.safetensors.index.json": index, "model-1.safetensors": b"1"}
+    part = {"config.json": config(), "model.safetensors.index.json": index, "model-1.safetensors": safetensors(b"1")}
     cached(tmp_path / "cache", "org/name", COMMIT, part)
     assert "model-2.safetensors" in refusal(scan_library(tmp_path / "cache"))
     plain(tmp_path / "plain", "org/name", part)
@@ -137,7 +141,7 @@ def test_a_model_with_missing_files_is_not_recognized(tmp_path: Path) -> None:
     blob = (snapshot / "model.safetensors").resolve()
     blob.rename(blob.with_name(f"{blob.name}.incomplete"))
     assert "model.safetensors is missing: its download is incomplete" in refusal(scan_library(tmp_path / "broken"))
-    whole = {**part, "model-2.safetensors": b"2"}
+    whole = {**part, "model-2.safetensors": safetensors(b"2")}
     cached(tmp_path / "whole", "org/name", COMMIT, whole)
     assert {f.path for f in only(scan_library(tmp_path / "whole")).files} == set(whole)
 
@@ -299,7 +303,7 @@ def test_a_file_that_changed_since_its_listing_is_not_hashed(tmp_path: Path) -> 
     weights = directory / "model.safetensors"
 
     def written_meanwhile() -> None:
-        weights.write_bytes(b"x" * 900)
+        weights.write_bytes(b"x" * len(FILES["model.safetensors"]))
         os.utime(weights, ns=(1, 1))
 
     assert hash_file(file, written_meanwhile) is None

@@ -32,6 +32,8 @@ class DownloadRequest(WireStruct):
     """Ids of the last 64 commands waiting for it; their outcome goes to `done`, so that a redelivery runs nothing."""
     layers: list[list[int]] = []
     """Layer ranges `[first, last)`: only what stages with these layers need; empty means the whole model."""
+    force: bool = False
+    """Also a model in a format that cannot run here."""
 
 
 class DownloadState(WireStruct):
@@ -107,6 +109,8 @@ class DownloadCommand(Command):
     """`[first, last)`: only what a stage with these layers needs, if the model allows it; empty: all of it."""
     keep_paused: bool = False
     """Leave a paused download paused and end with `paused`; for services, which ask on their own."""
+    force: bool = False
+    """Download also a model in a format that cannot run here; else such a model ends with `unsupported`."""
 
 
 class CancelDownload(Command):

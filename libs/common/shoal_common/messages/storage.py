@@ -127,6 +127,8 @@ class StorageState(_Published):
     """Volumes besides the store's own, each with its own `free_bytes`."""
     distrusted_sealers: list[str] = []
     """Nodes that sealed a corrupt blob: their seals do not count here any more (docs/transfer.md)."""
+    incomplete: list[ModelId] = []
+    """Models (`org/name@commit`) of the store that have lost files, or whose files are corrupt; offered to nobody."""
 
 
 class ModelState(WireStruct):

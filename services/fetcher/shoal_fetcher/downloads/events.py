@@ -58,6 +58,8 @@ class StoreRequest(Record, frozen=True):
 
     command: str
     layers: list[list[int]]
+    force: bool = False
+    """Also a model in a format that cannot run here."""
 
 
 class StorePause(Record, frozen=True):
@@ -143,6 +145,7 @@ class DownloadRequested(DownloadEvent, frozen=True):
     command: str
     layers: list[list[int]]
     keep_paused: bool = False
+    force: bool = False
 
 
 class PauseRequested(DownloadEvent, frozen=True):

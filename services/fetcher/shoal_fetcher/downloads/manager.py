@@ -47,7 +47,7 @@ class DownloadManager:
         """Download a model, or some layers of it. Returns when it is ready; raises if the download fails."""
         layers = [list(check_layers(command.layers))] if command.layers else []
         name = str(ModelRef.parse(command.model))
-        reply = await self._send(name, ev.DownloadRequested(identity, layers, command.keep_paused))
+        reply = await self._send(name, ev.DownloadRequested(identity, layers, command.keep_paused, command.force))
         return await asyncio.shield(reply.result)
 
     async def pause(self, command: downloads.PauseDownload, _: str) -> dict[str, object]:

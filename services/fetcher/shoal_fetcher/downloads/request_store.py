@@ -45,7 +45,7 @@ class DownloadRequests:
         """The requested models, paused ones included."""
         return sorted(self._requests)
 
-    async def request(self, name: str, command: str, layers: list[list[int]]) -> DownloadRequest:
+    async def request(self, name: str, command: str, layers: list[list[int]], force: bool = False) -> DownloadRequest:
         """Request these layers of a model, or all of it; ends a pause. Raises Busy beyond MAX_DOWNLOADS."""
         request = self._requests.get(name)
         if request is None:
@@ -55,7 +55,7 @@ class DownloadRequests:
                 )
             request = DownloadRequest(model=name, requested_at_s=round(cluster_clock.now_s(), 3), layers=layers)
             self._arriving.add(name)
-        request = structs.replace(request, layers=merge_layers(request.layers, layers))
+        request = structs.replace(request, layers=merge_layers(request.layers, layers), force=request.force or force)
         others = [c for c in request.commands if c != command]
         try:
             return await self._put(

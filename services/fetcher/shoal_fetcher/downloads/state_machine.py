@@ -188,9 +188,9 @@ def _found(state: Download, found: ev.Found) -> Transition:
 def _on_command(state: Download, command: ev.DownloadEvent) -> ev.Action:
     is_active, phase = state.phase in ACTIVE_PHASES, state.phase
     match command:
-        case ev.DownloadRequested(command=identity, layers=layers, keep_paused=keep_paused):
+        case ev.DownloadRequested(command=identity, layers=layers, keep_paused=keep_paused, force=force):
             is_kept = phase == "paused" and keep_paused
-            return ev.Refuse(_paused_error(state)) if is_kept else ev.StoreRequest(identity, layers)
+            return ev.Refuse(_paused_error(state)) if is_kept else ev.StoreRequest(identity, layers, force)
         case ev.PauseRequested() if is_active:
             return ev.StorePause(_paused_error(state))
         case ev.PauseRequested() if phase == "paused":

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from msgspec import structs
 
-from shoal_common.errors import Denied, InternalError, ShoalError
+from shoal_common.errors import Denied, InternalError, ShoalError, Unsupported
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages.manifest import Manifest
 from shoal_common.names import ModelRef, model_id
@@ -20,6 +20,7 @@ from shoal_fetcher.downloads.state_machine import NO_PROGRESS_TIMEOUT_S
 from shoal_fetcher.progress import Progress
 from shoal_fetcher.sources.leaf_selection import weight_files
 from shoal_fetcher.sources.manifest_diff import by_git_name
+from shoal_fetcher.sources.runnable import unsupported_format, unsupported_message
 
 log = StructuredLogger("download")
 
@@ -92,7 +93,10 @@ class DownloadSteps:
     async def _resolve(self) -> ev.DownloadEvent:
         """Get the manifest: from this node (even if incomplete), another that has the model, or the hub."""
         self._context.hub.tokens.forget_denial(self._ref.repo)
-        manifest = await self._source.own() or await self._source.of_nodes() or await self._hub_manifest()
+        manifest = await self._source.own()
+        if manifest is None:
+            manifest = await self._source.of_nodes() or await self._hub_manifest()
+            self._require_runnable(manifest)
         if self._progress.state.commit not in ("", manifest.commit):
             log.info("revision moved to another commit", model=str(self._ref), commit=manifest.commit)
             await self.release()
@@ -110,6 +114,13 @@ class DownloadSteps:
             manifest, self._layers, lists, self._context, self._progress, files, self._source.peer
         )
         return ev.Resolved(self._layers)
+
+    def _require_runnable(self, manifest: Manifest) -> None:
+        """Raise Unsupported for a model in a format that cannot run here, unless it is here or insisted on."""
+        context, request = self._context, self._context.requests.get(str(self._ref))
+        is_here = (context.node, manifest.model) in context.cluster_view.nodes_holding(self._ref)
+        if not is_here and not (request and request.force) and (formats := unsupported_format(manifest)):
+            raise Unsupported(unsupported_message(manifest, formats), size_bytes=manifest.size_bytes)
 
     async def _hub_manifest(self) -> Manifest:
         """Ask the hub. If it refuses, wait for the model of a node to which it does not."""

@@ -261,8 +261,8 @@ class DownloadTask:
     async def _change(self, record: ev.Record) -> ev.DownloadEvent:
         requests, name = self._context.requests, self._name
         match record:
-            case ev.StoreRequest(command, layers):
-                return ev.RequestStored((await requests.request(name, command, layers)).layers)
+            case ev.StoreRequest(command, layers, force):
+                return ev.RequestStored((await requests.request(name, command, layers, force)).layers)
             case ev.StorePause(error):
                 await requests.pause(name, error)
                 self._end_waiting(error)

@@ -16,7 +16,7 @@ from shoal_common.messages.storage import CommittedBlob
 from shoal_fetcher.errors import BlobHashMismatch, RateLimited
 from shoal_fetcher.hub.range_reader import Body, was_timeout
 from shoal_fetcher.progress import Progress
-from shoal_fetcher.sources.failure_policy import HUB, UNKNOWN_SOURCE, SourceHealth
+from shoal_fetcher.sources.failure_policy import HUB, UNKNOWN_SOURCE, SourceHealth, waiting_text
 from shoal_fetcher.sources.source_selection import FetchFromHub, FetchFromPeer, WaitForOrigin, choose_source
 from shoal_fetcher.swarm.context import NodeFetchContext
 from shoal_fetcher.swarm.origin import HubReader, hub_reader, node_reader, read_missing
@@ -91,7 +91,7 @@ async def fetch(
             has_peer = bool(health.not_banned(holders) or node_context.allowed_by_hub(manifest))
             delay_s = health.record_failure(e, peer, has_peer)
             log.warning("source failed", path=file.path, source=peer or HUB, reason=e.message, wait_s=delay_s)
-            progress.set_waiting_for(e.message)
+            progress.set_waiting_for(waiting_text(e))
             await asyncio.sleep(delay_s)
             if isinstance(e, RateLimited):
                 progress.mark_progress()

@@ -27,12 +27,23 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoFile
 
 from shoal_common.concurrency.single_flight import SingleFlight
-from shoal_common.errors import BadName, Denied, Expired, HubUnavailable, NotFound, ShoalError, Unsupported
+from shoal_common.errors import (
+    BadInput,
+    BadName,
+    Denied,
+    Expired,
+    HubUnavailable,
+    NotFound,
+    Refused,
+    ShoalError,
+    Unsupported,
+)
 from shoal_common.hub_token import DEFAULT_ENDPOINT, check_token, read_endpoint
 from shoal_common.messages.manifest import Manifest, ManifestFile
 from shoal_common.names import ModelRef, check_blob, check_commit, check_file_path, is_commit
 from shoal_fetcher.errors import RateLimited
 from shoal_fetcher.hub.cache import HubBackoff, ListingCache
+from shoal_fetcher.hub.environment_transport import RESTART_HINT, is_server_url, without_credentials
 from shoal_fetcher.hub.listing import HubCalls
 from shoal_fetcher.hub.range_reader import TOKEN_HINT, Body, HttpSource, hub_source, read_range, retry_after_s
 from shoal_fetcher.hub.tokens import HubTokens
@@ -50,15 +61,26 @@ class HubSettings(msgspec.Struct, frozen=True):
     endpoint: str = DEFAULT_ENDPOINT
     token: str | None = None
     offline: bool = False
+    invalid: str = ""
+    """Which variable cannot be used, and why: the hub is not asked then. The service runs all the same."""
 
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> HubSettings:
-        """Read HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE, as huggingface_hub names them. Raises BadInput."""
-        return cls(
-            endpoint=read_endpoint(environ),
-            token=check_token(environ.get("HF_TOKEN", "")) or None,
-            offline=environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"),
-        )
+        """Read HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE, as huggingface_hub names them."""
+        offline = environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+        endpoint = read_endpoint(environ)
+        try:
+            token = check_token(environ.get("HF_TOKEN", "")) or None
+            check_endpoint(endpoint)
+        except BadInput as e:
+            return cls(offline=offline, invalid=e.message)
+        return cls(endpoint, token, offline)
+
+
+def check_endpoint(endpoint: str) -> None:
+    """Raise BadInput, naming HF_ENDPOINT, if it is no address of a hub."""
+    if not is_server_url(endpoint, ("http", "https")):
+        raise BadInput(f"HF_ENDPOINT={without_credentials(endpoint)} is not an http:// or https:// address")
 
 
 class HubClient:
@@ -85,6 +107,7 @@ class HubClient:
                 f"no live node has {ref} and HF_HUB_OFFLINE forbids asking the hub: unset it, or pull the model on "
                 "a node with a connection"
             )
+        self._require_valid()
         token = self.tokens.use(ref.repo)
         try:
             async with asyncio.timeout(_LISTING_TIMEOUT_S):
@@ -102,6 +125,10 @@ class HubClient:
                 f"{self._source.name} did not list {ref} within {_LISTING_TIMEOUT_S:.0f} s; try again"
             ) from None
         return Manifest(repo=ref.repo, commit=commit, files=list(files), revisions=[ref.revision])
+
+    def _require_valid(self) -> None:
+        if self._settings.invalid:
+            raise Refused(f"the hub cannot be asked: {self._settings.invalid}; {RESTART_HINT}")
 
     async def _files_of(self, ref: ModelRef, commit: str, token: str | None) -> list[ManifestFile]:
         files = self._listings.get(ref.repo, commit)
@@ -132,11 +159,12 @@ class HubClient:
         """Read bytes [start, end) of a file. Raises RateLimited at once until the time that the hub has named."""
         if self.offline:
             raise HubUnavailable(f"no live node has {file.path} and HF_HUB_OFFLINE forbids asking the hub: unset it")
+        self._require_valid()
         url = f"{self._settings.endpoint}/{manifest.repo}/resolve/{manifest.commit}/{quote(file.path)}"
         token = self.tokens.use(manifest.repo)
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._backoff.check(self._source.name)
-        reading = read_range(self._client, url, headers, start, end, self._source)
+        reading = read_range(self._client, url, headers, start, end, self._source, file)
         return self._recording_refusals(reading, manifest.repo, token)
 
     @asynccontextmanager

@@ -16,7 +16,7 @@ import httpx2
 from huggingface_hub import set_client_factory
 
 from shoal_common.concurrency.threads import start_daemon_call
-from shoal_common.errors import Cancelled, Expired, HubUnavailable, Unsupported
+from shoal_common.errors import Cancelled, Expired, Unsupported
 from shoal_fetcher.errors import RateLimited
 from shoal_fetcher.hub import range_reader
 from shoal_fetcher.hub.cache import ETagCache, HubBackoff
@@ -40,7 +40,7 @@ class HubCalls:
     """Runs calls of huggingface_hub, each in a thread of its own, which ends with the call."""
 
     def __init__(self, endpoint: str, source: HttpSource, client: httpx2.AsyncClient, backoff: HubBackoff) -> None:
-        self.origin = _origin(httpx2.URL(endpoint))
+        self.origin = range_reader.origin_of(httpx2.URL(endpoint))
         self.source, self.client, self.backoff, self.answers = source, client, backoff, ETagCache()
         self._slots = asyncio.Semaphore(_MAX_CONCURRENT_CALLS)
         # huggingface_hub has one client per process, and a fetcher has one hub.
@@ -106,7 +106,7 @@ class _CallRequests:
         """Return the request as it is sent: a few compressed bytes could be gigabytes."""
         sent = self._calls.client.build_request(request.method, request.url, headers=request.headers)
         sent.headers["Accept-Encoding"] = "identity"
-        if _origin(request.url) != self._calls.origin:
+        if range_reader.origin_of(request.url) != self._calls.origin:
             sent.headers.pop("Authorization", None)  # a page's link may lead anywhere (I12)
         if _names_revision(request):
             self._calls.answers.add_etag(sent)
@@ -120,8 +120,12 @@ class _CallRequests:
                 # The library would wait and try these again.
                 if status in (httpx2.codes.REQUEST_TIMEOUT, httpx2.codes.TOO_MANY_REQUESTS) or status >= 500:
                     range_reader.raise_for_status(status, response.headers, source)
-                if response.headers.get("content-encoding", "identity") != "identity":
-                    raise HubUnavailable(f"{source.name} compresses listings unasked; {source.hint}")
+                path = request.url.path
+                if range_reader.is_refused_link(request, response):
+                    range_reader.raise_for_response(request, response, source, path)
+                range_reader.raise_for_encoding(response, source, "listings", path)
+                if status == httpx2.codes.OK:
+                    range_reader.raise_for_page(response, source, f"the listing {path}")
                 return httpx2.Response(status, headers=response.headers, content=await self._body(response))
         except range_reader.HTTP_ERRORS as e:
             raise range_reader.map_http_error(e, source) from e
@@ -150,7 +154,3 @@ class _CallTransport(httpx2.BaseTransport):
 
 def _names_revision(request: httpx2.Request) -> bool:
     return "/revision/" in request.url.path
-
-
-def _origin(url: httpx2.URL) -> tuple[str, str, int | None]:
-    return url.scheme, url.host, url.port

@@ -91,7 +91,7 @@ class SourceHealth(msgspec.Struct):
             return RETRY_BACKOFF.delay_s(self.failure_counts[peer])
         if isinstance(error, Corrupt):
             if self.hub_was_corrupt:
-                raise error
+                raise type(error)(f"{error.message}; tried twice, and not again", **error.details)
             self.hub_was_corrupt = True
             return 0.0
         self.failure_counts.clear()
@@ -133,3 +133,8 @@ class SourceHealth(msgspec.Struct):
 
 RETRY_BACKOFF = Backoff(0.25, 8.0)
 """After failures in a row of a source."""
+
+
+def waiting_text(error: ShoalError) -> str:
+    """Return what is published while a failed source is tried again."""
+    return error.message if isinstance(error, RateLimited) else f"{error.message}; trying again"

@@ -25,7 +25,7 @@ from shoal_fetcher.hub.range_reader import Body, was_timeout
 from shoal_fetcher.partials.blocking import run_in_default_executor
 from shoal_fetcher.partials.leaf_splitter import LeafSplitter
 from shoal_fetcher.partials.partial_blob import PartialBlob
-from shoal_fetcher.sources.failure_policy import HUB, UNKNOWN_SOURCE
+from shoal_fetcher.sources.failure_policy import HUB, UNKNOWN_SOURCE, waiting_text
 from shoal_fetcher.sources.source_selection import FetchFromPeer, choose_source
 from shoal_fetcher.swarm.context import BlobFetchContext
 from shoal_fetcher.swarm.have_gossip import HaveGossip
@@ -272,7 +272,7 @@ class Origin:
             fetch.progress.record_source_failure(fetch.file.path, source or HUB)
             if was_timeout(e):
                 fetch.progress.record_switch(source or HUB)
-            fetch.progress.set_waiting_for(e.message)
+            fetch.progress.set_waiting_for(waiting_text(e))
             self._retry_at_s = asyncio.get_running_loop().time() + delay_s
             if isinstance(e, RateLimited):
                 self._rate_limited_until_s = self._retry_at_s

@@ -41,6 +41,7 @@ class DownloadBody(WireStruct):
     nodes: NodeSelection = None
     wait: bool = False
     deadline_s: float = 0.0
+    force: bool = False
 
 
 class ControlBody(WireStruct):
@@ -78,7 +79,7 @@ async def download(request: Request) -> Response:
     ref = ModelRef.parse(body.model)
     gateway.sender.require_nats()
     nodes = select_download_nodes(gateway.snapshot(), body.nodes, gateway.node)
-    command = DownloadCommand(model=str(ref), deadline_s=body.deadline_s)
+    command = DownloadCommand(model=str(ref), deadline_s=body.deadline_s, force=body.force)
     pending = [_pending_download(gateway.state, node, command.model) for node in nodes]
     outcomes = await cancel_on_disconnect(request.receive, _send(gateway, command, pending, body.wait))
     commands = {a.node: a.command_id for a in pending}

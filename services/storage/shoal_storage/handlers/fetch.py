@@ -290,4 +290,8 @@ class FetchApi:
         matches = matching_manifests(ref.repo, ref.revision, manifests.values())
         if not matches:
             raise NotFound(f"{ref} is not on node {self._context.node}")
-        return await asyncio.to_thread(leaf_hash_file.with_leaf_list_digests, self._store.layout, matches[-1])
+        manifest = await asyncio.to_thread(leaf_hash_file.with_leaf_list_digests, self._store.layout, matches[-1])
+        if manifest.model in ledger.offered_library_models:
+            # What a library has of a commit is what somebody downloaded: the hub knows whether that is all of it.
+            return structs.replace(manifest, unchecked_from=self._context.node)
+        return manifest

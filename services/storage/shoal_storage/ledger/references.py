@@ -39,6 +39,13 @@ def blobs_freed_by(model: ModelId, ledger: Ledger) -> list[str]:
     return sorted(blobs_of_model(model, ledger) - referenced_blobs(ledger, ignored=[model]))
 
 
+def damaged_models(ledger: Ledger) -> list[ModelId]:
+    """Return the incomplete models that do not become complete by the hashing of files that are here."""
+    to_be_hashed = ledger.unverified.keys() - ledger.corrupt
+    present = ledger.blobs.keys() | ledger.libraries.blobs.keys() | to_be_hashed
+    return sorted(model for model, m in ledger.incomplete.items() if not m.blob_sizes.keys() <= present)
+
+
 def bytes_of_paused_models(ledger: Ledger) -> dict[ModelId, int]:
     """Return the bytes held for each paused model: its reservations, and present blobs that only it needs."""
     result = {}

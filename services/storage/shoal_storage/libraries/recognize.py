@@ -20,12 +20,18 @@ from shoal_storage.admission.manifest_check import check_manifest
 from shoal_storage.ledger.library_model import FileStat, LibraryFile, LibraryModel, VerifiedFile
 
 MAX_DEPTH = 16
+CONFIG = "config.json"
+WEIGHTS_SUFFIX = ".safetensors"
 _HF_PREFIX = "models--"
 _HF_DIRECTORIES = ("refs", "snapshots", "blobs")
 _NON_MODEL_PREFIXES = ("datasets--", "spaces--", ".")
 _WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".npz", ".bin", ".pt", ".pth")
 _INDEX_SUFFIX = ".safetensors.index.json"
 _HF_PARTIAL_SUFFIX = ".incomplete"
+_SHARD = re.compile(rf"(.+)-[0-9]{{5}}-of-([0-9]{{5}})({'|'.join(map(re.escape, _WEIGHT_SUFFIXES))})")
+_MAX_SHARDS = 4000
+_BOM = b"\xef\xbb\xbf"
+"""Editors on Windows write it before the JSON, which is right all the same."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SHA1 = re.compile(r"[0-9a-f]{40}")
 
@@ -46,6 +52,8 @@ class LibraryListing(msgspec.Struct):
     texts: dict[str, bytes] = {}
     unreadable: dict[str, str] = {}
     """Directories that cannot be listed, with the error."""
+    unusable_weights: dict[str, str] = {}
+    """Safetensors files that are truncated or none at all, with the reason; links included."""
 
 
 class ModelCandidate(msgspec.Struct, frozen=True):
@@ -214,28 +222,36 @@ def _require_complete(listing: LibraryListing, directory: str, files: Iterable[L
     names = {f.path for f in files}
     if not any(n.endswith(_WEIGHT_SUFFIXES) for n in names):
         raise _NotAModel("it has no weights")
+    if CONFIG not in names and any(n.endswith(WEIGHTS_SUFFIX) for n in names):
+        raise _NotAModel(f"it is incomplete: {CONFIG} is missing")
     for name in sorted(names):
-        if name.endswith(_INDEX_SUFFIX):
-            weight_files = _indexed_files(listing.texts.get(f"{directory}/{name}", b""))
-            missing = sorted(f for f in weight_files if posixpath.join(posixpath.dirname(name), f) not in names)
-            if missing:
-                raise _NotAModel(f"it is incomplete: {missing[0][:200]}, listed in {name}, is missing")
+        if reason := listing.unusable_weights.get(f"{directory}/{name}"):
+            raise _NotAModel(reason)
+        for other in _required_with(name, listing.texts.get(f"{directory}/{name}", b"")):
+            if posixpath.join(posixpath.dirname(name), other) not in names:
+                raise _NotAModel(f"it is incomplete: {other[:200]}, which {name} names, is missing")
 
 
-def _indexed_files(text: bytes) -> set[str]:
-    try:
-        return set(msgspec.json.decode(text, type=_Index).weight_map.values())
-    except DECODE_ERRORS:
-        return set()
+def _required_with(name: str, text: bytes) -> list[str]:
+    """Return the files beside this one that the model needs because it has this one, in order."""
+    if name.endswith(_INDEX_SUFFIX):
+        try:
+            return sorted(set(msgspec.json.decode(text.removeprefix(_BOM), type=_Index).weight_map.values()))
+        except DECODE_ERRORS as e:
+            raise _NotAModel(f"{name} cannot be read, so what belongs to the model is not known: {e}") from None
+    if shard := _SHARD.fullmatch(posixpath.basename(name)):
+        stem, count, suffix = shard[1], shard[2], shard[3]
+        return [f"{stem}-{i:05}-of-{count}{suffix}" for i in range(1, min(int(count), _MAX_SHARDS) + 1)]
+    return []
 
 
 class _Index(msgspec.Struct):
-    weight_map: dict[str, str] = {}
+    weight_map: dict[str, str]
 
 
 def _read_plain(listing: LibraryListing, paths: list[str], directory: str, result: RecognizedModels) -> None:
     entries = listing.entries
-    if entries[directory].kind != "directory" or f"{directory}/config.json" not in entries:
+    if entries[directory].kind != "directory" or f"{directory}/{CONFIG}" not in entries:
         return
     paths_below = _below(paths, directory)
     if not any(p.endswith(_WEIGHT_SUFFIXES) for p in paths_below):

@@ -5,15 +5,19 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable, Iterable
+from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 
-from shoal_common.errors import BadInput
+from shoal_common.errors import BadInput, Corrupt
+from shoal_common.models.safetensors_header import PREFIX_BYTES, header_end, parse_tensors
 from shoal_common.store.blob_lookup import is_unchanged, open_regular_file
 from shoal_common.store.mounts import file_system_of, mounts
 from shoal_storage.files.hashing import FileHashes, hash_open_file
 from shoal_storage.files.real_path import resolve_path
 from shoal_storage.ledger.library_model import FileStat, LibraryFile
 from shoal_storage.libraries.recognize import (
+    WEIGHTS_SUFFIX,
     DirEntry,
     LibraryListing,
     describes_files,
@@ -65,7 +69,7 @@ def list_library(library: str, check_stopping: Callable[[], None]) -> LibraryLis
         lister.walk(())
     except OSError as e:
         raise LibraryUnreadable(e.strerror or str(e)) from None
-    lister.read_texts()
+    lister.read_files()
     return lister.listing
 
 
@@ -116,20 +120,48 @@ class _Lister:
         file_stat = FileStat(status.st_size, status.st_mtime_ns, status.st_ino if self._stable_inodes else 0)
         return DirEntry("file" if stat.S_ISREG(status.st_mode) else "other", file_stat)
 
-    def read_texts(self) -> None:
-        """Read the files that describe others (`describes_files`); skip unreadable and oversized ones."""
-        listing = self.listing
-        for path, entry in listing.entries.items():
-            if entry.kind in ("file", "link") and describes_files(path, self._is_store):
+    def read_files(self) -> None:
+        """Read files that describe others (`describes_files`) and headers of weights; skip unreadable ones."""
+        for path, entry in self.listing.entries.items():
+            is_text = describes_files(path, self._is_store)
+            if entry.kind in ("file", "link") and (is_text or path.endswith(WEIGHTS_SUFFIX)):
                 self._check_stopping()
-                source = resolve_cache_link(path, entry.target, listing.path) if entry.kind == "link" else path
-                target = listing.entries.get(source or "")
-                if source and target and target.kind == "file" and target.stat.size_bytes <= _MAX_TEXT_BYTES:
-                    try:
-                        with open_regular_file(f"{listing.path}/{source}") as f:
-                            listing.texts[path] = f.read(_MAX_TEXT_BYTES)
-                    except OSError:
-                        continue
+                with suppress(OSError):
+                    self._read_file(path, entry, is_text)
+
+    def _read_file(self, path: str, entry: DirEntry, is_text: bool) -> None:
+        listing = self.listing
+        source = resolve_cache_link(path, entry.target, listing.path) if entry.kind == "link" else path
+        target = listing.entries.get(source or "")
+        if source is None or target is None or target.kind != "file":
+            return
+        absolute = f"{listing.path}/{source}"
+        if not is_text:
+            if reason := _checked_weights(absolute, target.stat):
+                listing.unusable_weights[path] = f"{path.rpartition('/')[2]} cannot be used: {reason}"
+        elif target.stat.size_bytes <= _MAX_TEXT_BYTES:
+            with open_regular_file(absolute) as f:
+                listing.texts[path] = f.read(_MAX_TEXT_BYTES)
+
+
+def check_weights(path: str, file_stat: FileStat) -> str:
+    """Return why a file is not the safetensors file that its header describes; "" if it is. Raises OSError."""
+    name = path.rpartition("/")[2]
+    try:
+        with open_regular_file(path) as f:
+            end = header_end(f.read(PREFIX_BYTES), name)
+            if end <= file_stat.size_bytes:
+                f.seek(0)
+                tensors = parse_tensors(f.read(end), name)
+                end = max((t.end for t in tensors.values()), default=end)
+    except Corrupt as e:
+        return e.message
+    if end > file_stat.size_bytes:
+        return f"it is incomplete: its header describes {end} bytes, and the file has {file_stat.size_bytes}"
+    return ""
+
+
+_checked_weights = lru_cache(maxsize=MAX_ENTRIES)(check_weights)
 
 
 def hash_file(file: LibraryFile, on_progress: Callable[[], None]) -> FileHashes | None:
