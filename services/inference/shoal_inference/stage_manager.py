@@ -19,7 +19,8 @@ from shoal_common.messages.generation import Accepted, CancelGenerate, Generate
 from shoal_common.messages.instances import InstanceSpec, StageState
 from shoal_common.messages.liveness import NodeFacts
 from shoal_common.service import ServiceContext
-from shoal_common.settings.node import InferenceSettings
+from shoal_common.settings.node import InferenceSettings, PortSettings
+from shoal_common.settings.ports import stage_ports
 from shoal_common.settings.values import read_settings
 from shoal_inference.assignments import Assignment, assignments, reconcile, stale_stages
 from shoal_inference.host_facts.bandwidth_estimate import BandwidthEstimate
@@ -120,6 +121,7 @@ class StageManager:
             self._secrets,
             self._peer_links,
             self._speed,
+            stage_ports(read_settings(PortSettings, context.config.settings, context.environ)),
         )
         self._running[assignment.key] = (runner, self._tasks.create_task(runner.run()))
 

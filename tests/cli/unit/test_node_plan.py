@@ -26,9 +26,12 @@ def plan(
     environ: dict[str, str] | None = None,
     settings: dict[str, Any] | None = None,
     is_member: bool = False,
-    **options: Any,
+    values: dict[str, Any] | None = None,
+    added: dict[str, list[str]] | None = None,
+    **told: Any,
 ) -> NodePlan:
-    return make_plan(UpOptions(home="/h", **options), environ or {}, settings or {}, "node-a", is_member)
+    options = UpOptions(home="/h", told=told, values=values or {}, added=added or {})
+    return make_plan(options, environ or {}, settings or {}, "node-a", is_member)
 
 
 def test_I12_the_hubs_token_reaches_the_fetcher_and_nobody_else() -> None:

@@ -36,8 +36,8 @@ from shoal_common.settings.values import (
     read_settings,
     read_valid_settings,
     values_by_key,
+    with_changes,
 )
-from shoal_common.settings_file import with_changes
 from shoal_gateway.rest.storage import ConfigureBody
 from shoal_gateway.settings import GatewayTimeouts
 
