@@ -27,7 +27,7 @@ _OPTIONS = ("max_storage_bytes", "eviction_policy", "libraries")
 
 
 _DEFAULT = "default"
-"""Typed in place of a value it takes back what was kept."""
+"""Typed in place of a value, it forgets what was kept."""
 
 
 def _port_or_default(text: str) -> str:
@@ -124,7 +124,7 @@ def up(
     options = UpOptions(
         home=str(cli.home.root),
         node=check_node(node) if node else "",
-        told=_told(
+        node_values=_node_values(
             {"bind": bind, "nats": nats, "gateway_port": port, "nats_port": nats_port, "hub": hub},
             [service for service in SERVICES if ctx.params[f"no_{service}"]],
             all_services,
@@ -137,19 +137,19 @@ def up(
     return run_up(options, cli.environ, detach)
 
 
-def _told(typed: Mapping[str, str | list[str]], without: list[str], all_services: bool) -> dict[str, Value]:
+def _node_values(typed: Mapping[str, str | list[str]], without: list[str], all_services: bool) -> dict[str, Value]:
     """Return what was typed for settings of the node, checked; None where `default` was."""
     if without and all_services:
         raise BadInput(f"--all-services and --no-{without[0]} contradict each other: give one of them")
-    told: dict[str, Value] = {}
+    values: dict[str, Value] = {}
     for setting in settings_of(NodeSettings):
         value = typed.get(setting.key)
         if value and setting.usage.flag:
             is_default = value in (_DEFAULT, [_DEFAULT])
             name = setting.usage.flag.name
             checked = None if is_default else check_value(setting, value, name)
-            told[setting.key] = list(checked) if isinstance(checked, tuple) else checked
-    return told | ({"without": list(without)} if without or all_services else {})
+            values[setting.key] = list(checked) if isinstance(checked, tuple) else checked
+    return values | ({"without": list(without)} if without or all_services else {})
 
 
 def _absolute(path: str) -> str:

@@ -33,7 +33,7 @@ class UpOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     home: str
     node: str = ""
-    told: dict[str, Value] = {}
+    node_values: dict[str, Value] = {}
     """What to keep in `[node]` of node.toml, by key of `NodeSettings`; None goes back to the default."""
     values: dict[str, Value] = {}
     """Storage's settings to write into node.toml, by key; None takes a value back."""
@@ -102,10 +102,10 @@ def make_plan(
             "SHOAL_SECRET does nothing any more, each node has keys of its own: remove it, and join with the code "
             "that `shoal invite` prints on the first node"
         )
-    told, environ = options.told, _without_told(options.told, environ)
-    saved = with_changes(settings, NodeSettings.section, told)
+    node_values, environ = options.node_values, _without_given(options.node_values, environ)
+    saved = with_changes(settings, NodeSettings.section, node_values)
     node_settings = read_settings(NodeSettings, saved, environ)
-    joins = _nats_servers(told, node_settings, environ, settings)
+    joins = _nats_servers(node_values, node_settings, environ, settings)
     joins_remote = any(not host_is_loopback(url_host(u)) for u in joins)
     # A node that joined other machines must be reachable by its peers; its keys guard it.
     default = ALL_INTERFACES if joins_remote and is_member else LOOPBACK
@@ -123,7 +123,7 @@ def make_plan(
         node=node,
         home=options.home,
         bind=bind,
-        bind_source=_bind_source(told, environ),
+        bind_source=_bind_source(node_values, environ),
         joins=joins,
         nats_port=node_settings.nats_port,
         gateway_port=node_settings.gateway_port,
@@ -133,32 +133,34 @@ def make_plan(
         chosen={key: port for key in ("nats_port", "gateway_port") if (port := chosen_port(settings, key))},
         services=services,
         commands=_commands(settings),
-        hub=str(told.get("hub") or ("" if environ.get("HF_ENDPOINT") else node_settings.hub)),
+        hub=str(node_values.get("hub") or ("" if environ.get("HF_ENDPOINT") else node_settings.hub)),
         changes={
             **by_section(StorageSettings, _changes(options, environ, settings)),
-            **_told_by_section(told, joins, bool(cluster_servers(settings))),
+            **_kept_by_section(node_values, joins, bool(cluster_servers(settings))),
         },
         ready_deadline_s=options.ready_deadline_s,
     )
 
 
-def _without_told(told: Mapping[str, Value], environ: Mapping[str, str]) -> dict[str, str]:
+def _without_given(node_values: Mapping[str, Value], environ: Mapping[str, str]) -> dict[str, str]:
     """Return the environment without what the command line says too: an option wins."""
-    variables = {s.variable for s in settings_of(NodeSettings) if s.key in told}
+    variables = {s.variable for s in settings_of(NodeSettings) if s.key in node_values}
     return {k: v for k, v in environ.items() if k not in variables}
 
 
-def _bind_source(told: Mapping[str, Value], environ: Mapping[str, str]) -> str:
-    if "bind" in told:
+def _bind_source(node_values: Mapping[str, Value], environ: Mapping[str, str]) -> str:
+    if "bind" in node_values:
         return "give another one with --bind"
     if environ.get("SHOAL_BIND"):
         return "SHOAL_BIND names it: change or remove that"
     return "node.toml keeps it: give another one with --bind (default: forget it)"
 
 
-def _told_by_section(told: Mapping[str, Value], joins: list[str], has_joined: bool) -> dict[str, dict[str, Value]]:
+def _kept_by_section(
+    node_values: Mapping[str, Value], joins: list[str], has_joined: bool
+) -> dict[str, dict[str, Value]]:
     """Return what to keep, by section of node.toml: a joined cluster's servers are in the one that `join` writes."""
-    kept = {key: None if value == [] else value for key, value in told.items()}
+    kept = {key: None if value == [] else value for key, value in node_values.items()}
     sections: dict[str, dict[str, Value]] = {}
     if kept.get("nats"):
         kept["nats"] = list(joins)
@@ -188,12 +190,12 @@ def _changes(options: UpOptions, environ: Mapping[str, str], settings: Mapping[s
 
 
 def _nats_servers(
-    told: Mapping[str, Value], node: NodeSettings, environ: Mapping[str, str], settings: Mapping[str, Any]
+    node_values: Mapping[str, Value], node: NodeSettings, environ: Mapping[str, str], settings: Mapping[str, Any]
 ) -> list[str]:
     in_file = saved_servers(settings)
     if not isinstance(in_file, list) or not all(isinstance(u, str) for u in in_file):
         raise BadInput('`nats` in node.toml must be a list of URLs: nats = ["nats://host:4222"]')
-    is_given = "nats" in told or environ.get("SHOAL_NATS")
+    is_given = "nats" in node_values or environ.get("SHOAL_NATS")
     return [check_nats_url(u) for u in (node.nats if is_given else in_file)]
 
 
