@@ -13,7 +13,7 @@ from shoal_common.host.listening import has_address, listen, missing_address
 from shoal_common.settings.node import PortSettings
 from shoal_common.settings.ports import chosen_port, fileserver_ports, port_ranges, ports_to_try, stage_ports
 
-NOT_HERE = "192.0.2.7"
+NOT_HERE = "203.0.113.7"
 """Of documentation (RFC 5737)."""
 
 
