@@ -68,7 +68,7 @@ class StageRunner:
         secrets: PeerSecrets,
         peer_links: PeerLinks,
         speed: BandwidthEstimate,
-        ports: Sequence[int],
+        ports: Sequence[int] = (0,),
     ) -> None:
         self.assignment, self._interfaces, self._speed = assignment, interfaces, speed
         self._ports = ports
