@@ -9,7 +9,7 @@ from pathlib import Path
 
 from scripts.generated_page import update
 from shoal_common.settings.declaration import Section, Setting, settings_of
-from shoal_common.settings.node import FileserverSettings, InferenceSettings, PortSettings, StorageSettings
+from shoal_common.settings.node import FileserverSettings, InferenceSettings, NodeSettings, StorageSettings
 from shoal_gateway.settings import GatewayTimeouts
 from shoal_placement.settings import PlacementSettings
 
@@ -20,12 +20,12 @@ SECTIONS: tuple[type[Section], ...] = (
     InferenceSettings,
     PlacementSettings,
     GatewayTimeouts,
-    PortSettings,
+    NodeSettings,
 )
 
 
 def all_settings() -> dict[str, list[Setting]]:
-    """Return the settings by section; "" has those of the environment alone."""
+    """Return the settings by section."""
     sections: dict[str, list[Setting]] = {}
     for setting in (s for kind in SECTIONS for s in settings_of(kind)):
         sections.setdefault(setting.section, []).append(setting)
@@ -52,7 +52,7 @@ def render(settings: list[Setting]) -> str:
     for s in settings:
         flags = [f"`{flag.name}`" for flag in (s.usage.flag, s.usage.remove_flag) if flag]
         cells = (
-            f"`{s.key}`" if s.section else "",
+            f"`{s.key}`",
             f"`{s.variable}`" if s.variable else "",
             s.expected + (f", like `{s.example}`" if s.example else ""),
             default_text(s),
@@ -65,7 +65,7 @@ def render(settings: list[Setting]) -> str:
 
 def main() -> None:
     """Rewrite the page, or with `--check` only compare it."""
-    tables = {section or "environment": render(settings) for section, settings in all_settings().items()}
+    tables = {section: render(settings) for section, settings in all_settings().items()}
     update(PAGE, "settings", tables, "the declared settings")
 
 

@@ -63,11 +63,22 @@ def main() -> int:
     return 0
 
 
+_ANY_PORTS = {"SHOAL_FILESERVER_PORT": "0", "SHOAL_STAGE_PORT": "0"}
+"""The usual ones are a node's of this machine."""
+
+
 def _shoal(*arguments: str | Path, timeout_s: float, stdin: str = "") -> str:
     command = [sys.executable, "-P", "-m", "shoal_cli", *map(str, arguments)]
     # In its own session, so that Ctrl-C reaches only the demo, which stops its nodes in order.
     return subprocess.run(
-        command, check=True, input=stdin, stdout=subprocess.PIPE, text=True, timeout=timeout_s, start_new_session=True
+        command,
+        check=True,
+        input=stdin,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=timeout_s,
+        start_new_session=True,
+        env={**os.environ, **_ANY_PORTS},
     ).stdout
 
 

@@ -38,6 +38,8 @@ def node_environment(home: Path, nats_url: str, **more: str) -> dict[str, str]:
         "SHOAL_HOME": str(home),
         "SHOAL_NATS": nats_url,
         "SHOAL_MEMORY_BYTES_PER_S": "10e9",  # given, so that no node of a test measures it
+        "SHOAL_FILESERVER_PORT": "0",  # tests do not compete for the usual ports
+        "SHOAL_STAGE_PORT": "0",
         "SHOAL_BALLAST_BYTES": "0",  # 64 MiB for every store of every test would fill a disk by themselves
         **more,
     }

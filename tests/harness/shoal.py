@@ -30,8 +30,8 @@ UP_DEADLINE_S = 90.0
 DOWN_DEADLINE_S = 60.0
 WAIT_DEADLINE_S = 60.0
 _POLL_S = 0.05
-_GIVEN = {"SHOAL_MEMORY_BYTES_PER_S": "10e9"}
-"""Set, so that no node of a test measures it."""
+_GIVEN = {"SHOAL_MEMORY_BYTES_PER_S": "10e9", "SHOAL_FILESERVER_PORT": "0", "SHOAL_STAGE_PORT": "0"}
+"""Set, so that no node of a test measures it, and tests do not compete for the usual ports."""
 
 T = TypeVar("T")
 

@@ -13,7 +13,7 @@ import msgspec
 
 from shoal_cli.node.node_plan import GATEWAY_PORT, LOOPBACK
 from shoal_cli.node_home import Home, read_or_empty
-from shoal_common.config import saved_node_id
+from shoal_common.config import read_settings_file, saved_node_id
 from shoal_common.errors import BadInput, Denied, ErrorBody, Expired, InternalError, Unavailable, from_body
 from shoal_common.identity.api_key import API_KEY_VARIABLE, read_api_key
 from shoal_common.identity.certificates import node_host
@@ -237,7 +237,7 @@ def resolve_gateway(explicit: str, home: Home, environ: Mapping[str, str]) -> Ga
             url.rstrip("/"), headers, unreachable, client_context(identity.authority) if identity else None
         )
     # Under systemd or launchd nothing writes the file: the gateway then listens on its default port.
-    port = read_settings(PortSettings, {}, environ).gateway_port
+    port = read_settings(PortSettings, read_settings_file(home.root), environ).gateway_port
     url = read_or_empty(home.gateway_url) or f"http://{LOOPBACK}:{port}"
     headers = _authorization(read_api_key(home.root))
     if url.startswith("http://"):

@@ -10,6 +10,7 @@ from shoal_cli.command_app import CommandHelp, new_app
 from shoal_cli.commands.options import GatewayOption, HomeOption, JsonOption
 from shoal_common.errors import Unavailable
 from shoal_common.messages.views import StatusView
+from shoal_common.names import SERVICES
 
 app = new_app()
 
@@ -38,7 +39,31 @@ def status(
     from shoal_cli.render.tables import render_status  # noqa: PLC0415
 
     cli.out.print(render_status(msgspec.convert(answer, StatusView)))
+    if cli.has_own_gateway:
+        _print_own_node(cli)
     return 0
+
+
+def _print_own_node(cli: CliContext) -> None:
+    """Print what this machine's node was told and has chosen."""
+    from shoal_cli.node.down import supervisor_status  # noqa: PLC0415
+    from shoal_cli.node.startup_report import ports_text  # noqa: PLC0415
+
+    node = supervisor_status(cli.home)
+    if node is None or not node.bind:
+        return
+    rows = {
+        "bound to": node.bind,
+        "ports": ports_text(node.ports),
+        "NATS": "" if "nats" in node.ports else ", ".join(node.nats),
+        "hub": node.hub,
+        "left out": " ".join(s for s in SERVICES if s not in {c.name for c in node.children}),
+        "kept": f"{', '.join(node.kept)} (`[node]` in node.toml)" if node.kept else "",
+    }
+    cli.print("\nthis node")
+    for name, value in rows.items():
+        if value:
+            cli.print(f"  {name:9} {value}")
 
 
 def _explain_missing_gateway(cli: CliContext) -> None:

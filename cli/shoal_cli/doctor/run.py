@@ -7,6 +7,7 @@ this node's home ──► file systems, permissions, memory, units      at once
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -18,6 +19,7 @@ from shoal_cli.doctor.checks import (
     disk,
     duplicate_ids,
     machine,
+    members,
     models,
     nats,
     peers,
@@ -60,7 +62,9 @@ CHECKS: tuple[str, ...] = (
     nats.STREAMS,
     nats.NATS_STORE,
     clocks.CHECK,
+    members.CHECK,
     peers.CHECK,
+    peers.NODE_PORTS,
     duplicate_ids.CHECK,
     versions.CHECK,
     disk.DISK,
@@ -245,16 +249,42 @@ async def _peers_and_clocks(
 ) -> list[Finding]:
     seen = await cluster
     if not seen.facts.connected or seen.clock is None:
-        return [_skipped(peers.CHECK, seen), _skipped(clocks.CHECK, seen)]
+        return [_skipped(check, seen) for check in (members.CHECK, peers.CHECK, peers.NODE_PORTS, clocks.CHECK)]
+    together = members.check(_member_facts(local, seen))
     try:
         os_info = await system
         reached, offsets = await _gather(
             _PEERS_DEADLINE_S, lambda: peers_probe.probe(seen.samples, local, seen.certificates, os_info)
         )
     except _ProbeFailed as e:
-        return [_probe_failed(peers.CHECK, e), _skipped(clocks.CHECK, seen)]
+        unreached = [_probe_failed(peers.CHECK, e), _probe_failed(peers.NODE_PORTS, e)]
+        return [*together, *unreached, _skipped(clocks.CHECK, seen)]
+    try:
+        open_ports = peers.check_ports(
+            await _gather(
+                _PEERS_DEADLINE_S,
+                lambda: peers_probe.probe_ports(seen.samples, seen.stages, reached, local.node, os_info),
+            ),
+            os_info,
+        )
+    except _ProbeFailed as e:
+        open_ports = [_probe_failed(peers.NODE_PORTS, e)]
     against_nats = clocks.against_nats(local.node or "here", seen.clock, offsets, started_ahead(seen.samples))
-    return [*peers.check(reached, local.node, os_info), *clocks.check(against_nats)]
+    found = peers.check(reached, local.node, os_info)
+    return [*together, *found, *open_ports, *clocks.check(against_nats)]
+
+
+def _member_facts(local: LocalNode, seen: ClusterProbe) -> members.MemberFacts:
+    clock_ahead_s = seen.clock.ahead_s if seen.clock else 0.0
+    return members.MemberFacts(
+        node=local.node,
+        members=seen.certificates,
+        live={node for node, _ in seen.samples},
+        lost_since_s=seen.lost_since_s,
+        now_s=time.time() - clock_ahead_s,
+        bind=local.status.bind if local.status else "",
+        runs_nats=local.runs_nats,
+    )
 
 
 def started_ahead(samples: Mapping[tuple[str, str], LivenessSample]) -> dict[str, float]:

@@ -63,6 +63,14 @@ class SupervisorStatus(WireStruct):
     gateway: str
     logs: str
     children: list[ChildStatus]
+    bind: str = ""
+    """The address that the node listens on."""
+    ports: dict[str, list[int]] = {}
+    """By who listens: `nats`, `gateway`, `fileserver`, `stages`."""
+    hub: str = ""
+    """The hub, if not that of the environment."""
+    kept: list[str] = []
+    """What node.toml keeps of the options of `shoal up`."""
 
 
 class InviteReply(WireStruct):

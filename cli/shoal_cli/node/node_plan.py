@@ -10,13 +10,14 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from shoal_common.config import NATS_PORT, cluster_servers, is_loopback
+from shoal_common.config import CLUSTER_SECTION, NATS_PORT, cluster_servers, is_loopback, saved_servers
 from shoal_common.errors import BadInput, Refused
 from shoal_common.names import SERVICES
 from shoal_common.redaction import HUB_TOKENS
-from shoal_common.settings.declaration import Value
-from shoal_common.settings.node import PortSettings, StorageSettings
-from shoal_common.settings.values import by_section, changeable, read_settings
+from shoal_common.settings.declaration import Value, settings_of
+from shoal_common.settings.node import FileserverSettings, NodeSettings, PortSettings, StorageSettings
+from shoal_common.settings.ports import chosen_port, stage_ports
+from shoal_common.settings.values import by_section, changeable, read_settings, with_changes
 
 GATEWAY_PORT = PortSettings().gateway_port
 LOOPBACK = "127.0.0.1"
@@ -32,16 +33,14 @@ class UpOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     home: str
     node: str = ""
-    nats: list[str] = []
-    nats_port: int = NATS_PORT
-    bind: str = ""
-    port: int = GATEWAY_PORT
+    node_values: dict[str, Value] = {}
+    """What to keep in `[node]` of node.toml, by key of `NodeSettings`; None goes back to the default."""
     values: dict[str, Value] = {}
     """Storage's settings to write into node.toml, by key; None takes a value back."""
     added: dict[str, list[str]] = {}
     """Directories to add to storage's lists in node.toml, by key."""
-    hub: str = ""
-    without: list[str] = []
+    only_nats: bool = False
+    """Leave out all services, this time."""
     ready_deadline_s: float = READY_DEADLINE_S
 
 
@@ -51,10 +50,20 @@ class NodePlan(msgspec.Struct, frozen=True, kw_only=True):
     node: str
     home: str
     bind: str
+    bind_source: str = ""
+    """Where `bind` was said, and how to say another one."""
     joins: list[str]
     """NATS servers of other nodes; empty: this node runs its own, and is the cluster's operator."""
     nats_port: int
     gateway_port: int
+    """0, like `nats_port`: any free one, rather the one in `chosen`."""
+    fileserver_port: int = 0
+    """0 unless it was set: the fileserver then finds one."""
+    fileserver_bind: str = LOOPBACK
+    stage_ports: list[int] = []
+    """Empty unless they were set: each stage then finds one."""
+    chosen: dict[str, int] = {}
+    """Ports that were chosen before, by key."""
     services: list[str]
     commands: dict[str, list[str]]
     """Programs that replace `python -m shoal_<service>`: from `[commands]` in node.toml."""
@@ -93,33 +102,75 @@ def make_plan(
             "SHOAL_SECRET does nothing any more, each node has keys of its own: remove it, and join with the code "
             "that `shoal invite` prints on the first node"
         )
-    joins = _nats_servers(options, environ, settings)
+    node_values, environ = options.node_values, _without_given(options.node_values, environ)
+    saved = with_changes(settings, NodeSettings.section, node_values)
+    node_settings = read_settings(NodeSettings, saved, environ)
+    joins = _nats_servers(node_values, node_settings, environ, settings)
     joins_remote = any(not host_is_loopback(url_host(u)) for u in joins)
     # A node that joined other machines must be reachable by its peers; its keys guard it.
     default = ALL_INTERFACES if joins_remote and is_member else LOOPBACK
-    bind = options.bind or environ.get("SHOAL_BIND", "") or default
+    bind = node_settings.bind or default
     is_exposed = not is_loopback(bind)
     if joins and not is_member and is_exposed:
         raise BadInput(
             f"--bind {bind} needs a cluster that knows this node (I12): run `shoal invite` on its first node and "
             "`shoal join ADDRESS` here"
         )
-    services = [s for s in SERVICES if s not in options.without]
+    services = [] if options.only_nats else [s for s in SERVICES if s not in node_settings.without]
     if not services and joins:
         raise BadInput("nothing is left to run: this node's cluster has its NATS elsewhere")
     return NodePlan(
         node=node,
         home=options.home,
         bind=bind,
+        bind_source=_bind_source(node_values, environ),
         joins=joins,
-        nats_port=options.nats_port,
-        gateway_port=options.port,
+        nats_port=node_settings.nats_port,
+        gateway_port=node_settings.gateway_port,
+        fileserver_port=node_settings.fileserver_port or 0,
+        fileserver_bind=read_settings(FileserverSettings, settings, environ).bind or bind,
+        stage_ports=stage_ports(node_settings) if node_settings.stage_port else [],
+        chosen={key: port for key in ("nats_port", "gateway_port") if (port := chosen_port(settings, key))},
         services=services,
         commands=_commands(settings),
-        hub=options.hub,
-        changes=by_section(StorageSettings, _changes(options, environ, settings)),
+        hub=str(node_values.get("hub") or ("" if environ.get("HF_ENDPOINT") else node_settings.hub)),
+        changes={
+            **by_section(StorageSettings, _changes(options, environ, settings)),
+            **_kept_by_section(node_values, joins, bool(cluster_servers(settings))),
+        },
         ready_deadline_s=options.ready_deadline_s,
     )
+
+
+def _without_given(node_values: Mapping[str, Value], environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment without what the command line says too: an option wins."""
+    variables = {s.variable for s in settings_of(NodeSettings) if s.key in node_values}
+    return {k: v for k, v in environ.items() if k not in variables}
+
+
+def _bind_source(node_values: Mapping[str, Value], environ: Mapping[str, str]) -> str:
+    if "bind" in node_values:
+        return "give another one with --bind"
+    if environ.get("SHOAL_BIND"):
+        return "SHOAL_BIND names it: change or remove that"
+    return "node.toml keeps it: give another one with --bind (default: forget it)"
+
+
+def _kept_by_section(
+    node_values: Mapping[str, Value], joins: list[str], has_joined: bool
+) -> dict[str, dict[str, Value]]:
+    """Return what to keep, by section of node.toml: a joined cluster's servers are in the one that `join` writes."""
+    kept = {key: None if value == [] else value for key, value in node_values.items()}
+    sections: dict[str, dict[str, Value]] = {}
+    if kept.get("nats"):
+        kept["nats"] = list(joins)
+    if "nats" in kept and has_joined:
+        if not kept["nats"]:
+            raise Refused("this node has joined a cluster, whose NATS it uses: leave it first with `shoal leave`")
+        sections[CLUSTER_SECTION] = {"nats": kept.pop("nats")}
+    if kept:
+        sections[NodeSettings.section] = kept
+    return sections
 
 
 def _changes(options: UpOptions, environ: Mapping[str, str], settings: Mapping[str, Any]) -> dict[str, Value]:
@@ -138,12 +189,14 @@ def _changes(options: UpOptions, environ: Mapping[str, str], settings: Mapping[s
     return changes
 
 
-def _nats_servers(options: UpOptions, environ: Mapping[str, str], settings: Mapping[str, Any]) -> list[str]:
-    in_file = cluster_servers(settings) or settings.get("nats", [])
+def _nats_servers(
+    node_values: Mapping[str, Value], node: NodeSettings, environ: Mapping[str, str], settings: Mapping[str, Any]
+) -> list[str]:
+    in_file = saved_servers(settings)
     if not isinstance(in_file, list) or not all(isinstance(u, str) for u in in_file):
         raise BadInput('`nats` in node.toml must be a list of URLs: nats = ["nats://host:4222"]')
-    given = options.nats or [s.strip() for s in environ.get("SHOAL_NATS", "").split(",") if s.strip()] or in_file
-    return [check_nats_url(u) for u in given]
+    is_given = "nats" in node_values or environ.get("SHOAL_NATS")
+    return [check_nats_url(u) for u in (node.nats if is_given else in_file)]
 
 
 def _commands(settings: Mapping[str, Any]) -> dict[str, list[str]]:

@@ -5,6 +5,8 @@ With --detach the report comes through a pipe.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from rich.console import Console
 from rich.text import Text
 
@@ -13,6 +15,7 @@ from shoal_cli.node.logs.log_rotation import tail
 from shoal_cli.node_home import Home
 from shoal_common.errors import AlreadyRunning, OtherVersion, ShoalError, Unavailable
 from shoal_common.messages import WireStruct
+from shoal_common.settings.ports import port_ranges
 
 _TAIL_LINES = 6
 _MAX_LINE_CHARS = 400
@@ -43,6 +46,9 @@ class StartupReport(WireStruct):
     can_invite: bool = False
     """Whether this node lets other machines in."""
     bind: str = ""
+    """"" on loopback."""
+    ports: dict[str, list[int]] = {}
+    """By who listens."""
 
 
 def not_ready(home: Home, children: list[ChildStatus]) -> list[NotReadyChild]:
@@ -73,6 +79,12 @@ def startup_error(report: StartupReport) -> ShoalError:
     )
 
 
+def ports_text(ports: Mapping[str, Sequence[int]]) -> str:
+    """Return who listens on which ports."""
+    names = {"nats": "NATS"}
+    return ", ".join(f"{names.get(name, name)} {port_ranges(found) or 'any'}" for name, found in ports.items())
+
+
 def print_report(report: StartupReport, out: Console, err: Console, detached: bool) -> None:
     """Print the report for a person."""
     for child in report.not_ready:
@@ -87,8 +99,12 @@ def print_report(report: StartupReport, out: Console, err: Console, detached: bo
         rows = [("page", f"{report.gateway}/"), ("API", f"{report.gateway}/v1")]
         rows.append(("key", "`shoal key` prints it; on Linux you need none on this machine"))
     rows += [("NATS", ", ".join(report.nats)), ("services", " ".join(report.ready)), ("logs", report.logs)]
+    if report.ports:
+        rows.append(("ports", ports_text(report.ports)))
     if report.bind:
         rows.append(("bound to", report.bind))
+        ports = port_ranges(port for ports in report.ports.values() for port in ports)
+        rows.append(("firewall", f"let the other machines reach TCP {ports} here"))
     out.print(Text.assemble(("  node ", ""), (report.node, "bold cyan"), (f" is up, pid {report.pid}", "")))
     for name, value in rows:
         out.print(Text.assemble((f"  {name:9} ", "dim"), value), soft_wrap=True)

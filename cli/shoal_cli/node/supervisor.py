@@ -30,7 +30,6 @@ from shoal_cli.node.node_plan import (
     service_spec,
     without_token,
 )
-from shoal_cli.node.ports import check_gateway_port, free_port
 from shoal_cli.node.startup_report import StartupReport, not_ready
 from shoal_cli.node_home import Home
 from shoal_common.bus.connection import connected, login_of
@@ -43,7 +42,8 @@ from shoal_common.host.interfaces import read_interfaces
 from shoal_common.http.scheme import gateway_scheme
 from shoal_common.identity.node_identity import CLI, NodeIdentity
 from shoal_common.logs import StructuredLogger
-from shoal_common.settings.node import TlsSettings
+from shoal_common.settings.node import NodeSettings, PortSettings, TlsSettings
+from shoal_common.settings.ports import fileserver_ports, stage_ports
 from shoal_common.settings.values import read_settings
 
 log = StructuredLogger("supervisor")
@@ -94,8 +94,6 @@ class Supervisor:
         self, tasks: asyncio.TaskGroup, sockets: control.ControlSockets, on_started: Callable[[StartupReport], None]
     ) -> None:
         try:
-            if "gateway" in self._plan.services:
-                check_gateway_port(self._plan.bind, self._plan.gateway_port)
             if self._plan.runs_nats:
                 await self._start_nats(tasks)
             elif self._identity.is_member:
@@ -136,7 +134,7 @@ class Supervisor:
         nats_process.remove_stale_port_files(home)
         hosts = await asyncio.to_thread(machine_hosts, self._environ)
         await asyncio.to_thread(self._operator_files.create, self._identity, hosts)
-        self._write_nats_config(plan.nats_port or free_port(plan.bind))
+        self._write_nats_config(plan.nats_port)
         nats_ready = NatsInfoReadiness(home)
         self._keep(tasks, nats_spec(program, home.nats_config, self._environ), nats_ready)
         await self._wait_for(lambda: readiness(self._statuses()) != "waiting", _NATS_DEADLINE_S)
@@ -175,7 +173,7 @@ class Supervisor:
 
     def _start_services(self, tasks: asyncio.TaskGroup, sockets: control.ControlSockets) -> None:
         plan = self._plan
-        port = plan.gateway_port or free_port(plan.bind)
+        port = plan.gateway_port
         if "gateway" in plan.services:
             self._gateway = f"{self._gateway_scheme()}://{bracketed(local_address(plan.bind))}:{port}"
             self._home.gateway_url.write_text(f"{self._gateway}\n")
@@ -223,7 +221,21 @@ class Supervisor:
             not_ready=not_ready(self._home, statuses),
             can_invite=self._operator is not None and not is_loopback(plan.bind),
             bind="" if is_loopback(plan.bind) else plan.bind,
+            ports=self._ports(),
         )
+
+    def _ports(self) -> dict[str, list[int]]:
+        """Return the ports by who listens. The fileserver may have chosen its own, and kept it."""
+        plan, saved = self._plan, read_settings_file(self._home.root)
+        settings = read_settings(PortSettings, saved, self._environ)
+        ports = {"nats": [plan.nats_port]} if plan.runs_nats else {}
+        if "gateway" in plan.services:
+            ports["gateway"] = [plan.gateway_port]
+        if "fileserver" in plan.services:
+            ports["fileserver"] = fileserver_ports(settings, saved)[:1]
+        if "inference" in plan.services:
+            ports["stages"] = [port for port in stage_ports(settings) if port]
+        return ports
 
     def _cluster_address(self, port: int) -> str:
         """Return the address of NATS, `host:port`, as other machines reach it if any does."""
@@ -268,6 +280,10 @@ class Supervisor:
                     gateway=self._gateway,
                     logs=str(self._home.logs),
                     children=self._statuses(),
+                    bind=self._plan.bind,
+                    ports=self._ports(),
+                    hub=self._plan.hub,
+                    kept=sorted(read_settings_file(self._home.root).get(NodeSettings.section, {})),
                 )
             case "restart":
                 return await self._restart(request.service)

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from select import select
 from typing import TextIO, cast
@@ -21,6 +22,7 @@ from shoal_cli.node.children.orphans import kill_orphans, refuse_copy
 from shoal_cli.node.control import MAX_LINE_BYTES, ControlReply
 from shoal_cli.node.logs.log_rotation import LogStream, RotatingLog, tail
 from shoal_cli.node.node_plan import NodePlan, UpOptions, make_plan
+from shoal_cli.node.ports import with_free_ports
 from shoal_cli.node.startup_report import StartupReport, print_report, startup_error
 from shoal_cli.node.supervisor import Supervisor
 from shoal_cli.node_home import Home, RunLock
@@ -74,7 +76,7 @@ def run_node(
     report_line: Callable[[str], None],
 ) -> None:
     """Supervise the node until it is told to stop. Raises ShoalError when it cannot start."""
-    remember_secrets({**environ, "SHOAL_NATS": ",".join(options.nats) or environ.get("SHOAL_NATS", "")})
+    remember_secrets(environ)
     file_limit = set_up_process()
     home = Home(Path(options.home))
     with wrong_kinds_named():
@@ -93,6 +95,7 @@ def _run_locked(
     RunLock(home).acquire()
     try:
         plan = _plan(options, environ, home)
+        remember_secrets({"SHOAL_NATS": ",".join(plan.joins)})
         stream = LogStream(RotatingLog(home.log("supervisor")))
         # `logging` uses only write and flush of a stream.
         logs.configure_logging("supervisor", plan.node, environ.get("SHOAL_LOG") or "info", cast(TextIO, stream))
@@ -101,6 +104,7 @@ def _run_locked(
             report_line(f"each service {problem}")
         for pid in kill_orphans(home):
             log.warning("ended an orphan of a killed supervisor", pid=pid)
+        plan = with_free_ports(plan, partial(_report_port, report_line))
         if plan.changes:
             # Into the file, not the environment: it survives restarts, and `shoal storage set` can change it.
             change_settings(home.root, plan.changes, lambda _: None)
@@ -108,6 +112,11 @@ def _run_locked(
     finally:
         # The lock is kept until this process has ended, which is what `shoal down` waits for.
         home.clear_run()
+
+
+def _report_port(report_line: Callable[[str], None], line: str) -> None:
+    log.warning("another port was chosen", reason=line)
+    report_line(line)
 
 
 def _plan(options: UpOptions, environ: Mapping[str, str], home: Home) -> NodePlan:

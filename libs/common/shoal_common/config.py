@@ -4,8 +4,8 @@
 `shoal up`, systemd or launchd) hold the rest:
 
     SHOAL_HOME       the node's directory                        ~/.shoal
-    SHOAL_NATS       NATS servers, comma-separated               those of the cluster it joined, or 127.0.0.1:4222
-    SHOAL_BIND       address that data ports listen on           127.0.0.1
+    SHOAL_NATS       NATS servers, comma-separated               those in node.toml, or 127.0.0.1:4222
+    SHOAL_BIND       address that data ports listen on           `bind` in `[node]`, or 127.0.0.1
     SHOAL_ADVERTISE  addresses for peers, comma-separated        the bound one, or every interface's (interfaces.py)
     SHOAL_LOG        debug, info, warning                        info
     SHOAL_REPLICAS   copies of streams and buckets in a NATS cluster   1
@@ -35,10 +35,10 @@ from shoal_common.host.private_files import directory_locked, make_home, open_pr
 from shoal_common.identity.node_identity import NodeIdentity, load_identity
 from shoal_common.messages.liveness import NodeAddress
 from shoal_common.names import check_node, node_id_from_hostname
-from shoal_common.settings.node import StorageSettings
-from shoal_common.settings.values import read_valid_settings
+from shoal_common.settings.node import NodeSettings, StorageSettings
+from shoal_common.settings.values import read_settings, read_valid_settings
 
-NATS_PORT = 4222
+NATS_PORT = NodeSettings().nats_port
 CLUSTER_SECTION = "cluster"
 """Of node.toml: where the cluster is that this node has joined."""
 _RESERVED_IDS = {ANY: "stands for all nodes", "hub": "is the hub's name in downloads"}
@@ -192,6 +192,16 @@ def cluster_servers(settings: Mapping[str, Any]) -> Any:
     return settings.get(CLUSTER_SECTION, {}).get("nats", [])
 
 
+def saved_servers(settings: Mapping[str, Any]) -> Any:
+    """Return the NATS servers that node.toml names: the joined cluster's, else those given to `shoal up --nats`.
+
+    `nats` outside of any section is how the latter were written by hand before they were kept.
+    """
+    node = settings.get(NodeSettings.section, {})
+    given = node.get("nats") if isinstance(node, Mapping) else None
+    return cluster_servers(settings) or given or settings.get("nats", [])
+
+
 def local_server(is_member: bool) -> str:
     """Return the URL of a NATS server of this machine on the usual port: a cluster's speaks TLS."""
     return f"{'tls' if is_member else 'nats'}://127.0.0.1:{NATS_PORT}"
@@ -199,14 +209,14 @@ def local_server(is_member: bool) -> str:
 
 def _nats_servers(environ: Mapping[str, str], settings: Mapping[str, Any], is_member: bool) -> list[str]:
     given = [s.strip() for s in environ.get("SHOAL_NATS", "").split(",") if s.strip()]
-    return given or [str(s) for s in cluster_servers(settings)] or [local_server(is_member)]
+    return given or [str(s) for s in saved_servers(settings)] or [local_server(is_member)]
 
 
 def read_config(service: str, environ: Mapping[str, str]) -> Config:
     """Return one service's configuration. Raises BadInput if something is missing or wrong."""
     home = home_directory(environ)
-    bind = environ.get("SHOAL_BIND") or "127.0.0.1"
     node, settings = ensure_node_id(home), read_settings_file(home)
+    bind = read_settings(NodeSettings, settings, environ).bind or "127.0.0.1"
     identity = load_identity(home, node)
     check_bind(service, bind, identity)
     replicas, log_level = environ.get("SHOAL_REPLICAS") or "1", environ.get("SHOAL_LOG") or "info"

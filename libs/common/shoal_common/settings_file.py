@@ -20,6 +20,7 @@ from shoal_common.errors import InternalError, Refused
 from shoal_common.host.file_kinds import read_text_file
 from shoal_common.host.private_files import directory_locked, make_home
 from shoal_common.settings.declaration import Value
+from shoal_common.settings.values import with_changes
 
 T = TypeVar("T")
 
@@ -61,18 +62,6 @@ def change_settings(
         except OSError as e:
             raise InternalError(f"{path} cannot be written: {e.strerror}; nothing was changed") from None
     return accepted
-
-
-def with_changes(settings: Mapping[str, Any], section: str, changes: Mapping[str, Value]) -> dict[str, Any]:
-    """Return settings after a change. Raises Refused if the section is not a table. Pure."""
-    existing = settings.get(section, {})
-    if not isinstance(existing, Mapping):
-        raise Refused(f"{section} in node.toml is {existing!r}: write it as a section [{section}] first")
-    unchanged = {k: v for k, v in existing.items() if k not in changes}
-    table = unchanged | {k: v for k, v in changes.items() if v is not None}
-    if not table and section not in settings:
-        return dict(settings)
-    return {**settings, section: table}
 
 
 def edit_text(text: str, section: str, changes: Mapping[str, Value]) -> str | None:

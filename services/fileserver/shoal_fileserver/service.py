@@ -6,6 +6,7 @@ import asyncio
 import random
 import socket
 import ssl
+from collections.abc import Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 
 import msgspec
@@ -19,9 +20,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from shoal_common.bus import cluster_clock
 from shoal_common.bus.keys import storage_key
 from shoal_common.bus.kv_mirror import KvMirror
-from shoal_common.config import check_bind, is_loopback
-from shoal_common.errors import ShoalError, Unavailable
-from shoal_common.host.addresses import is_dual_stack
+from shoal_common.config import Config, check_bind, is_loopback
+from shoal_common.errors import ShoalError
+from shoal_common.host.listening import holder_of, listen
 from shoal_common.host.rate_limiter import RateLimiter
 from shoal_common.http.bounded_protocol import HttpRules, protocol_of
 from shoal_common.http.bounds import HttpBounds
@@ -30,11 +31,14 @@ from shoal_common.identity.api_key import read_api_key
 from shoal_common.identity.peer_links import PeerLinks
 from shoal_common.identity.peer_tokens import HEALTH_NAME, PeerTokens
 from shoal_common.identity.tls import server_context
+from shoal_common.logs import StructuredLogger
 from shoal_common.messages.liveness import NodeFacts
 from shoal_common.messages.storage import StorageState
 from shoal_common.service import ServiceContext
 from shoal_common.settings.node import FileserverSettings, PortSettings
+from shoal_common.settings.ports import CHOSEN_SECTION, fileserver_ports
 from shoal_common.settings.values import read_settings
+from shoal_common.settings_file import change_settings
 from shoal_common.store.store_paths import StorePaths
 from shoal_fileserver.blob_api import BlobApi, denied, error_response
 from shoal_fileserver.http.bulk_protocol import BulkHttpProtocol
@@ -44,6 +48,8 @@ from shoal_fileserver.model_index import ModelIndex
 from shoal_fileserver.probe import PATH as PROBE_PATH
 from shoal_fileserver.probe import ProbeApi
 from shoal_fileserver.send_history import SendHistory
+
+log = StructuredLogger("fileserver")
 
 BOUNDS = HttpBounds(
     max_connections=256,
@@ -132,15 +138,25 @@ def bounds_for(max_connections: int) -> HttpBounds:
     return structs.replace(BOUNDS, max_connections=max_connections, max_per_address=(max_connections + 1) // 2)
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family, dualstack_ipv6=is_dual_stack(host))
-    except OSError as e:
-        raise Unavailable(
-            f"the fileserver cannot listen on {host} port {port}: {e.strerror}; stop the program that does, or set "
-            "SHOAL_FILESERVER_PORT to another port"
-        ) from None
+def _listen(host: str, config: Config, environ: Mapping[str, str]) -> socket.socket:
+    """Listen on the port that was set, or on the first free one, and keep that."""
+    settings = read_settings(PortSettings, config.settings, environ)
+    ports = fileserver_ports(settings, config.settings)
+    listener = listen(
+        host, ports, "the fileserver", "stop that program, or set SHOAL_FILESERVER_PORT to another port"
+    )
+    port = int(listener.getsockname()[1])
+    if port != ports[0]:
+        if ports[0]:
+            log.warning(
+                "the port is taken, another one was chosen", taken=ports[0], port=port, who=holder_of(ports[0])
+            )
+        # What others were told, like the URL of `shoal hub`, is still true after a restart.
+        try:
+            change_settings(config.home, {CHOSEN_SECTION: {"fileserver_port": port}}, lambda _: None)
+        except (ShoalError, OSError) as e:
+            log.warning("the chosen port cannot be kept", port=port, reason=str(e))
+    return listener
 
 
 async def run(context: ServiceContext) -> None:
@@ -152,7 +168,7 @@ async def run(context: ServiceContext) -> None:
     loopback_only = is_loopback(bind)
     is_encrypted = identity is not None and not loopback_only and settings.encrypt_weights
     tls = await asyncio.to_thread(server_context, identity) if identity and is_encrypted else None
-    listener = _listen(bind, read_settings(PortSettings, {}, context.environ).fileserver_port)
+    listener = await asyncio.to_thread(_listen, bind, config, context.environ)
     limiter = RateLimiter()
     async with asyncio.TaskGroup() as tasks:
         # At once: while a restarted fileserver publishes no address, its peers turn to the hub (I9). The socket

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from shoal_common.config import is_loopback
 from shoal_common.errors import Refused
 from shoal_common.host.addresses import is_dual_stack
+from shoal_common.host.listening import cannot_listen
 from shoal_common.http.bounded_protocol import HttpRules
 from shoal_common.http.bounds import HttpBounds
 from shoal_common.http.server import HttpServer, http_config
@@ -76,9 +77,7 @@ def _listening(bind: str, settings: GatewaySettings) -> Iterator[socket.socket]:
         try:
             listener.bind((bind, settings.port))
         except OSError as e:
-            raise Refused(
-                f"the gateway cannot listen on {bind} port {settings.port}: {e.strerror}; "
-                "stop the program that uses the port, or set SHOAL_GATEWAY_PORT to another"
-            ) from None
+            remedy = "stop that program, or set SHOAL_GATEWAY_PORT to another"
+            raise Refused(cannot_listen("the gateway", bind, settings.port, e, remedy)) from None
         listener.setblocking(False)
         yield listener

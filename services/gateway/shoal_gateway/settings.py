@@ -52,7 +52,7 @@ def read_gateway_settings(config: Config, environ: Mapping[str, str]) -> Gateway
     """Return the settings. Raises BadInput naming the wrong one."""
     timeouts = read_settings(GatewayTimeouts, config.settings, environ)
     return GatewaySettings(
-        port=read_settings(PortSettings, {}, environ).gateway_port,
+        port=read_settings(PortSettings, config.settings, environ).gateway_port,
         timeouts=timeouts,
         speaks_tls=gateway_scheme(config.bind, config.identity is not None, timeouts.tls) == "https",
     )

@@ -19,7 +19,8 @@ from shoal_common.messages.generation import Accepted, CancelGenerate, Generate
 from shoal_common.messages.instances import InstanceSpec, StageState
 from shoal_common.messages.liveness import NodeFacts
 from shoal_common.service import ServiceContext
-from shoal_common.settings.node import InferenceSettings
+from shoal_common.settings.node import InferenceSettings, PortSettings
+from shoal_common.settings.ports import stage_ports
 from shoal_common.settings.values import read_settings
 from shoal_inference.assignments import Assignment, assignments, reconcile, stale_stages
 from shoal_inference.host_facts.bandwidth_estimate import BandwidthEstimate
@@ -56,6 +57,7 @@ class StageManager:
         self._running: dict[tuple[str, int, int], tuple[StageRunner, asyncio.Task[None]]] = {}
         self._usage_reporter = UsageReporter(context.rpc, tasks)
         self._settings = read_settings(InferenceSettings, context.config.settings, context.environ)
+        self._stage_ports = stage_ports(read_settings(PortSettings, context.config.settings, context.environ))
         self._device = Device(bytes_per_s=self._settings.memory_bytes_per_s or 0.0)
         self._speed = BandwidthEstimate(self._save_bandwidth)
         self._memory = AvailableMemory()
@@ -68,7 +70,11 @@ class StageManager:
                 name = f"{instance}/{rank}"
                 stages[name] = stages.get(name, 0) + occupied_bytes(pid)
         facts = memory_facts(self._memory.read(), self._settings.max_memory_bytes, stages, self._device)
-        return structs.replace(facts, observed_bandwidth_bytes_per_s=self._speed.published_bytes_per_s)
+        return structs.replace(
+            facts,
+            observed_bandwidth_bytes_per_s=self._speed.published_bytes_per_s,
+            stage_port=self._stage_ports[0],
+        )
 
     async def detect_device(self) -> None:
         """Detect the accelerator and memory bandwidth; published with the next memory sample."""
@@ -120,6 +126,7 @@ class StageManager:
             self._secrets,
             self._peer_links,
             self._speed,
+            self._stage_ports,
         )
         self._running[assignment.key] = (runner, self._tasks.create_task(runner.run()))
 

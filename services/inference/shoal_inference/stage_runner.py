@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import uuid
+from collections.abc import Sequence
 from contextlib import suppress
 
 from msgspec import structs
@@ -36,6 +37,7 @@ from shoal_common.models.kv_cache import MAX_REQUESTS_PER_INSTANCE
 from shoal_common.models.layer_tensors import covers
 from shoal_common.rpc.command_client import CommandClient, new_command_id
 from shoal_common.rpc.request_reply import RpcClient
+from shoal_common.settings.ports import port_ranges
 from shoal_inference.assignments import Assignment, successor_link
 from shoal_inference.host_facts.bandwidth_estimate import BandwidthEstimate, bytes_read_per_token
 from shoal_inference.host_facts.model_lease import lease_model
@@ -66,8 +68,10 @@ class StageRunner:
         secrets: PeerSecrets,
         peer_links: PeerLinks,
         speed: BandwidthEstimate,
+        ports: Sequence[int] = (0,),
     ) -> None:
         self.assignment, self._interfaces, self._speed = assignment, interfaces, speed
+        self._ports = ports
         self._secrets, self._peer_links = secrets, peer_links
         self._config, self._nats, self._bucket, self._state_mirror = config, nats, buckets.state, state
         self._commands, self._rpc, self._peer_failures = (
@@ -194,6 +198,7 @@ class StageRunner:
                     max_parallel_answers=spec.constraints.max_parallel_answers,
                     max_requests=max(spec.constraints.max_parallel_answers, MAX_REQUESTS_PER_INSTANCE),
                     bind_host=self._config.bind,
+                    ports=tuple(self._ports),
                     successor_secret=self._secret_of(stage.rank + 1),
                     predecessor_secret=self._secret_of(stage.rank - 1),
                     tls=_stage_tls(self._config.identity),
@@ -255,6 +260,8 @@ class StageRunner:
         match event:
             case messages.Listening(port=port):
                 interfaces = self._interfaces.current
+                if port and port not in self._ports and self._ports[0]:
+                    log.warning("the ports for stages are taken", taken=port_ranges(self._ports), port=port)
                 links = non_loopback(self._config.links(port, interfaces, tls=self._is_encrypted)) if port else []
                 self._state = structs.replace(self._state, links=links, address=links[0].address if links else "")
             case messages.Loaded():

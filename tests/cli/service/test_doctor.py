@@ -10,9 +10,12 @@ from nats.js import api
 
 from shoal_cli.node_home import Home
 from shoal_common import VERSION
+from shoal_common.bus.keys import MEMBERS_KEY, liveness_key, stage_key
 from shoal_common.bus.streams import stream_configs
 from shoal_common.host.process_identity import this_process
-from shoal_common.messages.liveness import LivenessRecord, NodeFacts
+from shoal_common.messages.instances import StageState
+from shoal_common.messages.liveness import LivenessRecord, NodeAddress, NodeFacts
+from shoal_common.messages.placement import MembersState
 from tests.cli.doctor_fixtures import (
     cluster,
     findings_about,
@@ -209,3 +212,29 @@ def test_an_unreachable_fileserver_is_reported(home: Home, own_nats: NatsServer,
 def test_services_elsewhere_with_this_node_id_are_not_ours(home: Home, own_nats: NatsServer) -> None:
     put_liveness(own_nats, ("a", "storage", liveness_elsewhere()))
     assert "is not running" in only_finding(probe(home, own_nats), "services").what
+
+
+def test_a_closed_port_of_another_node_is_reported(home: Home, own_nats: NatsServer, closed_port: int) -> None:
+    gateway = LivenessRecord(
+        holder=this_process(), version=VERSION, facts=NodeFacts(addresses=[f"127.0.0.1:{closed_port}"])
+    )
+    link = NodeAddress(address=f"127.0.0.1:{closed_port}")
+    stage = StageState(instance="i1", rank=0, node="b", epoch=1, phase="linking", links=[link])
+
+    async def write(here: Joined) -> None:
+        await here.buckets.live.put(liveness_key("b", "gateway"), gateway)
+        await here.buckets.state.put(stage_key("i1", 0), stage)
+
+    cluster(own_nats, write)
+    found = {f.level: f.what for f in findings_about(probe(home, own_nats), "node ports")}
+    assert f"TCP {closed_port} of node b (gateway) is closed" in found["warning"]
+    assert f"TCP {closed_port} of node b (stage) is closed" in found["problem"]
+
+
+def test_a_node_that_was_lost_is_named_with_since_when(home: Home, own_nats: NatsServer) -> None:
+    async def write(here: Joined) -> None:
+        await here.buckets.state.put(MEMBERS_KEY, MembersState(lost_since_s={"b": time.time() - 300, "a": 0.0}))
+
+    cluster(own_nats, write)
+    found = only_finding(probe(home, own_nats), "members")
+    assert found.level == "warning" and "node b belongs to this cluster and is not live, for 5 min" in found.what

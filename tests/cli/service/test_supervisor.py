@@ -233,16 +233,18 @@ def test_up_writes_storage_flags_to_the_file_and_keeps_the_rest(node: Node) -> N
     before = path.read_text()
     up = node.up("--max-storage", "200GB", "--eviction-policy", "lru")
     assert up.returncode == 0, up.stderr
-    assert path.read_text() == before + 'max_storage_bytes = 200000000000\neviction_policy = "lru"\n'
+    after, options, kept = path.read_text().partition("\n[node]\n")
+    assert after == before + 'max_storage_bytes = 200000000000\neviction_policy = "lru"\n'
+    assert options and "gateway_port = 0\n" in kept
     assert "SHOAL_MAX_STORAGE_BYTES" not in psutil.Process(node.pids()["storage"]).environ()
     node.shoal("down")
     assert node.up("--max-storage", "none").returncode == 0
-    assert path.read_text() == before + 'eviction_policy = "lru"\n'
+    assert path.read_text().startswith(before + 'eviction_policy = "lru"\n\n[node]\n')
     node.shoal("down")
     refused = node.up("--max-storage", "5GB", SHOAL_MAX_STORAGE_BYTES="9")
     assert refused.returncode == Refused.exit_code and refused.stderr.count("\n") == 1
     assert "SHOAL_MAX_STORAGE_BYTES is set and wins" in refused.stderr
-    assert path.read_text() == before + 'eviction_policy = "lru"\n'
+    assert path.read_text().startswith(before + 'eviction_policy = "lru"\n\n[node]\n')
 
 
 async def test_NATS_is_as_asked_and_keeps_its_store_when_killed(node: Node) -> None:

@@ -16,6 +16,7 @@ from shoal_cli.doctor.checks import (
     disk,
     duplicate_ids,
     machine,
+    members,
     models,
     nats,
     peers,
@@ -27,9 +28,9 @@ from shoal_cli.doctor.checks import (
 from shoal_cli.doctor.checks.clocks import ClockOffset
 from shoal_cli.doctor.checks.disk import DiskFacts, FileSystemInfo
 from shoal_cli.doctor.checks.machine import MemoryFacts, OpenFiles
-from shoal_cli.doctor.checks.peers import AddressReach, FileserverReach
+from shoal_cli.doctor.checks.peers import AddressReach, FileserverReach, PortReach
 from shoal_cli.doctor.checks.permissions import PathPermission, PermissionFacts
-from shoal_cli.doctor.checks.reachability import OsInfo
+from shoal_cli.doctor.checks.reachability import ConnectError, OsInfo
 from shoal_cli.doctor.finding import Finding
 from shoal_cli.doctor.run import CHECKS, DoctorReport
 from shoal_common.messages.liveness import ProcessIdentity
@@ -153,6 +154,46 @@ def test_a_node_that_others_cannot_reach_reports_itself() -> None:
     )
     assert only(peers.check([own], "a", OsInfo())).level == "ok", "alone it needs no other"
     assert only(peers.check([], "a", OsInfo())).level == "ok"
+
+
+def port_of_b(service: str, error: ConnectError, number: int = 8082) -> PortReach:
+    return PortReach(node="b", service=service, tried=[AddressReach(address=f"10.0.0.2:{number}", error=error)])
+
+
+def test_a_closed_port_of_another_node_is_named() -> None:
+    ports = [port_of_b("stages", "timeout"), port_of_b("stages", "timeout", 8097), port_of_b("gateway", "", 8080)]
+    assert_finding(only(peers.check_ports(ports, OsInfo())), "problem", "TCP 8082, 8097 of node b", "firewall")
+    assert_finding(only(peers.check_ports([port_of_b("stage", "refused")], OsInfo())), "problem", "node b (stage)")
+    assert_finding(
+        only(peers.check_ports([port_of_b("gateway", "no_route")], OsInfo())), "warning", "node b (gateway)"
+    )
+
+
+def test_where_no_stage_listens_a_refusal_is_an_open_way() -> None:
+    assert_finding(only(peers.check_ports([port_of_b("stages", "refused")], OsInfo())), "ok", "stages of b")
+    assert_finding(only(peers.check_ports([], OsInfo())), "ok", "no other node")
+
+
+def members_seen(**more: Any) -> members.MemberFacts:
+    facts = {"node": "a", "members": ["a", "b"], "live": {"a"}, "lost_since_s": {"b": 40.0}, "now_s": 100.0}
+    return members.MemberFacts(**{**facts, **more})
+
+
+def test_a_member_that_is_not_live_is_named_with_since_when() -> None:
+    found = only(members.check(members_seen(bind="0.0.0.0", runs_nats=True)))
+    assert_finding(
+        found, "warning", "node b belongs to this cluster and is not live, for 1 min 00 s", "node revoke b"
+    )
+    assert_finding(only(members.check(members_seen(lost_since_s={}))), "warning", "nothing says since when")
+    assert_finding(only(members.check(members_seen(live={"a", "b"}))), "ok", "live: a, b")
+    assert_finding(only(members.check(members_seen(members=[], lost_since_s={}))), "ok", "no cluster of others")
+
+
+def test_a_first_node_on_loopback_keeps_its_members_out() -> None:
+    found = members.check(members_seen(bind="127.0.0.1", runs_nats=True))
+    assert [f.level for f in found] == ["warning", "problem"]
+    assert "listens on 127.0.0.1 only" in found[1].what and "--bind 0.0.0.0" in found[1].remedy
+    assert only(members.check(members_seen(live={"a", "b"}, bind="127.0.0.1", runs_nats=True))).level == "ok"
 
 
 # Disk
@@ -357,6 +398,7 @@ def test_every_check_has_its_place_in_the_page() -> None:
             duplicate_ids,
             machine,
             models,
+            members,
             nats,
             peers,
             permissions,
@@ -365,6 +407,6 @@ def test_every_check_has_its_place_in_the_page() -> None:
             versions,
         )
         for name, value in vars(module).items()
-        if name in ("CHECK", "DISK", "VOLUMES", "MEMORY", "LIMITS", "NATS", "STREAMS", "NATS_STORE")
+        if name in ("CHECK", "DISK", "VOLUMES", "MEMORY", "LIMITS", "NATS", "STREAMS", "NATS_STORE", "NODE_PORTS")
     }
     assert made == set(CHECKS)

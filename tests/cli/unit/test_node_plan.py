@@ -26,9 +26,12 @@ def plan(
     environ: dict[str, str] | None = None,
     settings: dict[str, Any] | None = None,
     is_member: bool = False,
-    **options: Any,
+    values: dict[str, Any] | None = None,
+    added: dict[str, list[str]] | None = None,
+    **node_values: Any,
 ) -> NodePlan:
-    return make_plan(UpOptions(home="/h", **options), environ or {}, settings or {}, "node-a", is_member)
+    options = UpOptions(home="/h", node_values=node_values, values=values or {}, added=added or {})
+    return make_plan(options, environ or {}, settings or {}, "node-a", is_member)
 
 
 def test_I12_the_hubs_token_reaches_the_fetcher_and_nobody_else() -> None:
@@ -83,6 +86,52 @@ def test_servers_to_join_come_from_flag_environment_then_file() -> None:
     assert plan(environ={"SHOAL_NATS": "env:2, env:3"}, settings=in_file).joins == ["nats://env:2", "nats://env:3"]
     assert plan(settings=in_file).joins == ["nats://file:1"]
     assert plan().runs_nats
+
+
+def test_what_up_was_told_is_kept_and_holds_until_said_again() -> None:
+    kept: dict[str, Any] = {
+        "bind": "0.0.0.0",
+        "gateway_port": 9000,
+        "nats_port": 9001,
+        "without": ["gateway"],
+        "hub": "http://hub",
+    }
+    first = plan(**kept)
+    assert first.changes == {"node": kept}
+    again = plan(settings=dict(first.changes))
+    assert again.changes == {}
+    assert (again.bind, again.gateway_port, again.nats_port, again.hub) == ("0.0.0.0", 9000, 9001, "http://hub")
+    assert again.services == [s for s in SERVICES if s != "gateway"] == first.services
+    changed = plan(settings=dict(first.changes), gateway_port=7, without=[], bind=None)
+    assert (changed.gateway_port, changed.bind, changed.services) == (7, "127.0.0.1", list(SERVICES))
+    assert changed.changes == {"node": {"gateway_port": 7, "without": None, "bind": None}}
+
+
+def test_an_option_wins_over_the_environment_and_the_file() -> None:
+    kept, environ = {"node": {"bind": "0.0.0.0", "hub": "http://kept"}}, {"SHOAL_BIND": "127.0.0.2"}
+    assert plan(environ, kept, bind="127.0.0.3").bind == "127.0.0.3"
+    assert plan(environ, kept).bind == "127.0.0.2"
+    assert plan({}, kept).hub == "http://kept"
+    assert plan({"HF_ENDPOINT": "http://env"}, kept).hub == "", "the services inherit it"
+    with pytest.raises(BadInput, match=r"node.without in node.toml is .*storage, fetcher"):
+        plan(settings={"node": {"without": ["gatway"]}})
+
+
+def test_servers_given_without_membership_are_kept() -> None:
+    assert plan(nats=["far"]).changes == {"node": {"nats": ["nats://far:4222"]}}
+    assert plan(settings={"node": {"nats": ["nats://far:4222"]}}).joins == ["nats://far:4222"]
+    assert plan(settings={"node": {"nats": ["nats://far:4222"]}}, nats=None).runs_nats
+    joined = {"cluster": {"nats": ["tls://far:1"]}}
+    moved = plan(settings=joined, is_member=True, nats=["tls://moved:1"])
+    assert (moved.joins, moved.changes) == (["tls://moved:1"], {"cluster": {"nats": ["tls://moved:1"]}})
+    with pytest.raises(Refused, match="shoal leave"):
+        plan(settings=joined, is_member=True, nats=None)
+
+
+def test_only_nats_is_of_one_run() -> None:
+    options = UpOptions(home="/h", only_nats=True)
+    only = make_plan(options, {}, {}, "node-a", False)
+    assert (only.services, only.changes) == ([], {})
 
 
 def test_I12_to_join_beyond_loopback_a_node_must_be_a_member() -> None:

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from shoal_common.config import read_settings_file
 from shoal_common.errors import BadInput, InternalError, Refused
 from shoal_common.settings.declaration import Value
-from shoal_common.settings_file import change_settings, edit_text, with_changes
+from shoal_common.settings.values import with_changes
+from shoal_common.settings_file import change_settings, edit_text
 from tests.harness.process import node_environment, started
 
 

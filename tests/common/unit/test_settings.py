@@ -36,8 +36,8 @@ from shoal_common.settings.values import (
     read_settings,
     read_valid_settings,
     values_by_key,
+    with_changes,
 )
-from shoal_common.settings_file import with_changes
 from shoal_gateway.rest.storage import ConfigureBody
 from shoal_gateway.settings import GatewayTimeouts
 
@@ -302,8 +302,12 @@ def test_an_unknown_key_is_refused_in_the_gateways_section_only() -> None:
     assert read_settings(StorageSettings, {"storage": {"of_next_year": 5}}, {}) == StorageSettings()
 
 
-def test_a_port_comes_from_the_environment() -> None:
+def test_a_port_comes_from_the_environment_or_the_file() -> None:
     assert read_settings(PortSettings, {"gateway_port": 5}, {}) == PortSettings()
+    in_file = {"node": {"gateway_port": 5, "stage_port": 9000}}
+    assert read_settings(PortSettings, in_file, {"SHOAL_STAGE_PORT": "9100"}) == PortSettings(
+        gateway_port=5, stage_port=9100
+    )
     assert read_settings(PortSettings, {}, {"SHOAL_GATEWAY_PORT": "0"}).gateway_port == 0
     with pytest.raises(BadInput, match="SHOAL_FILESERVER_PORT is '65536': expected a whole number from 0 to 65535"):
         read_settings(PortSettings, {}, {"SHOAL_FILESERVER_PORT": "65536"})

@@ -6,8 +6,10 @@ import asyncio
 import base64
 import hashlib
 import os
+import re
 import shutil
 import signal
+import socket
 from pathlib import Path
 
 import pytest
@@ -292,6 +294,23 @@ async def test_its_liveness_key_has_its_addresses(nats: NatsServer, fresh: Fresh
             return live if live is not None and live.facts.addresses else None
 
         assert (await eventually(published, "its address")).facts.addresses == [f"127.0.0.1:{server.port}"]
+
+
+async def test_a_port_that_was_found_free_is_kept(nats: NatsServer, fresh: Fresh, tmp_path: Path) -> None:
+    environment = node_environment(tmp_path / fresh("files"), nats.url)
+
+    async def port() -> int:
+        async with started("-m", "shoal_fileserver", environment=environment) as process:
+            found = re.search(r"addresses=[0-9.]+:(\d+)", await process.wait_line("msg=ready"))
+            assert found is not None
+            return int(found.group(1))
+
+    first = await port()
+    assert await port() == first
+    with socket.create_server(("127.0.0.1", first)):
+        second = await port()
+        assert second != first
+    assert await port() == second
 
 
 async def test_a_bad_or_taken_port_ends_the_start_with_one_clear_line(

@@ -62,6 +62,8 @@ class NatsFacts(msgspec.Struct, frozen=True, kw_only=True):
     connected: bool = False
     denied: str = ""
     """Its refusal of our credentials, verbatim."""
+    is_foreign: bool = False
+    """Its certificate is of another cluster than this node's."""
     forbidden: Sequence[str] = ()
     """What our credentials may not do, verbatim."""
     error: str = ""
@@ -96,6 +98,16 @@ def _not_connected(facts: NatsFacts, system: OsInfo) -> list[Finding]:
                 f"NATS at {urls} refuses our credentials ({facts.denied})",
                 "this node was revoked, or its keys are of another cluster: run `shoal leave`, then `shoal join` "
                 "with a code that `shoal invite` prints on the cluster's first node",
+            )
+        ]
+    if facts.is_foreign:
+        return [
+            Finding(
+                NATS,
+                "problem",
+                f"NATS at {urls} is the server of another cluster than the one that this node has joined",
+                "start this node's cluster on its first machine, or correct `nats` in node.toml (SHOAL_NATS); to "
+                "join that other cluster: `shoal leave`, then `shoal join`",
             )
         ]
     if not facts.expected:

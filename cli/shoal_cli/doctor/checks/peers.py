@@ -7,9 +7,11 @@ from collections.abc import Sequence
 import msgspec
 
 from shoal_cli.doctor.checks.reachability import ConnectError, OsInfo, connect_remedy, describe
-from shoal_cli.doctor.finding import Finding, join_names, or_ok
+from shoal_cli.doctor.finding import Finding, Level, join_names, or_ok
+from shoal_common.settings.ports import port_ranges
 
 CHECK = "fileservers"
+NODE_PORTS = "node ports"
 _UNAUTHORIZED = 401
 
 
@@ -37,6 +39,41 @@ class FileserverReach(msgspec.Struct, frozen=True, kw_only=True):
     """Those that can be meant for this machine, in the order in which a fetcher tries them."""
     is_remote: bool
     """Whether it is on another machine, where our loopback is not its own."""
+
+
+class PortReach(msgspec.Struct, frozen=True, kw_only=True):
+    """A port of another node, and what connecting to it from here showed."""
+
+    node: str
+    service: str
+    """`gateway`, `stage`, or `stages` for one where nothing listens yet."""
+    tried: Sequence[AddressReach]
+    """Its addresses that can be meant for this machine."""
+
+    @property
+    def is_closed(self) -> bool:
+        """Return whether it cannot be reached. Where nothing listens yet, a refusal shows that the way is open."""
+        open_for = ("", "refused") if self.service == "stages" else ("",)
+        return bool(self.tried) and not any(a.error in open_for for a in self.tried)
+
+
+def check_ports(ports: Sequence[PortReach], system: OsInfo) -> list[Finding]:
+    """Return which ports of other nodes are closed for this one."""
+    wrong = []
+    for node, service in sorted({(p.node, p.service) for p in ports if p.is_closed}):
+        closed = [p for p in ports if (p.node, p.service) == (node, service) and p.is_closed]
+        first = closed[0].tried[0]
+        numbers = port_ranges(int(p.tried[0].address.rpartition(":")[2]) for p in closed)
+        user = "programs here" if service == "gateway" else "stages here"
+        what = (
+            f"TCP {numbers} of node {node} ({service}) is closed for {user}: {first.address}: "
+            f"{describe(first.error, first.reason)}"
+        )
+        remedy = connect_remedy(first.error, first.address, system, f"the machine of node {node}")
+        level: Level = "warning" if service == "gateway" else "problem"
+        wrong.append(Finding(NODE_PORTS, level, what, remedy, f"node {node}"))
+    nodes = sorted({p.node for p in ports if p.tried})
+    return or_ok(NODE_PORTS, wrong, f"open: gateway and stages of {join_names(nodes)}" if nodes else "no other node")
 
 
 def check(fileservers: Sequence[FileserverReach], node: str, system: OsInfo) -> list[Finding]:

@@ -16,7 +16,7 @@ from shoal_cli.node.control import ControlRequest, SupervisorStatus, ask
 from shoal_cli.node.logs.log_rotation import tail
 from shoal_cli.node.node_plan import without_token
 from shoal_cli.node_home import Home, read_or_empty
-from shoal_common.config import cluster_servers, local_server, read_settings_file, store_directory
+from shoal_common.config import local_server, read_settings_file, saved_servers, store_directory
 from shoal_common.errors import ShoalError
 from shoal_common.identity.node_identity import NodeIdentity, load_identity
 from shoal_common.messages import decode
@@ -83,7 +83,7 @@ def servers_of(
 
     The supervisor reports them without credentials: those in a configured URL are put back.
     """
-    in_file = cluster_servers(settings) or settings.get("nats", [])
+    in_file = saved_servers(settings)
     configured = [u for u in in_file if isinstance(u, str)] if isinstance(in_file, list) else []
     explicit = [u.strip() for u in environ.get("SHOAL_NATS", "").split(",") if u.strip()] or configured
     full = [u if "://" in u else f"nats://{u}" for u in explicit]

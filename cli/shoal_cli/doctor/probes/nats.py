@@ -26,7 +26,7 @@ from shoal_cli.node.children.nats_process import NatsPorts
 from shoal_cli.node.node_plan import without_token
 from shoal_common.bus.cluster_clock import parse_nats_time
 from shoal_common.bus.connection import login_of, login_options
-from shoal_common.bus.keys import storage_key
+from shoal_common.bus.keys import MEMBERS_KEY, storage_key
 from shoal_common.bus.kv_bucket import Buckets
 from shoal_common.bus.nats_client import NatsClient
 from shoal_common.bus.streams import stream_configs
@@ -35,8 +35,10 @@ from shoal_common.errors import BadInput, BadMessage, ShoalError
 from shoal_common.identity.node_identity import CLI, NodeIdentity
 from shoal_common.identity.tls import unverified_context
 from shoal_common.messages import DECODE_ERRORS, decode
+from shoal_common.messages.instances import StageState
 from shoal_common.messages.liveness import LivenessRecord
 from shoal_common.messages.membership import Member
+from shoal_common.messages.placement import MembersState
 from shoal_common.messages.storage import StorageState
 from shoal_common.units import parse_bytes
 
@@ -69,6 +71,10 @@ class ClusterProbe(msgspec.Struct, frozen=True, kw_only=True):
     certificates: dict[str, str] = {}
     """Of the cluster's members, by node."""
     storage: StorageState | None = None
+    stages: list[StageState] = []
+    """Of all instances."""
+    lost_since_s: dict[str, float] = {}
+    """By node that has joined: since when it is lost; 0 while it is live."""
 
 
 async def probe(
@@ -104,6 +110,8 @@ async def probe(
         return ClusterProbe(facts=msgspec.structs.replace(facts, denied=e.message))
     except (NatsError, OSError, TimeoutError) as e:
         text = "; ".join(dict.fromkeys([*errors, str(e) or type(e).__name__]))
+        if "CERTIFICATE_VERIFY_FAILED" in text:
+            return ClusterProbe(facts=msgspec.structs.replace(facts, is_foreign=True))
         refused = "authorization" in text.lower() or "authentication" in text.lower()
         return ClusterProbe(facts=msgspec.structs.replace(facts, **{"denied" if refused else "error": text}))
     try:
@@ -177,6 +185,8 @@ async def _ask(client: Client, facts: NatsFacts, node: str, run_directory: Path)
         samples=await _samples(client) if "KV_live" in existing else {},
         certificates=await _certificates(client) if "KV_spec" in existing else {},
         storage=await _storage(client, node) if node and "KV_state" in existing else None,
+        stages=await _stages(client) if "KV_state" in existing else [],
+        lost_since_s=await _lost_since_s(client) if "KV_state" in existing else {},
     )
 
 
@@ -245,6 +255,26 @@ async def _storage(client: Client, node: str) -> StorageState | None:
             buckets = Buckets(client.jetstream(timeout=_ANSWER_TIMEOUT_S))
             return await buckets.state.get_as(storage_key(node), StorageState)
     return None
+
+
+async def _stages(client: Client) -> list[StageState]:
+    stages: list[StageState] = []
+    with suppress(ShoalError, NatsError, TimeoutError):
+        async with asyncio.timeout(_ANSWER_TIMEOUT_S):
+            bucket = Buckets(client.jetstream(timeout=_ANSWER_TIMEOUT_S)).state
+            for key in await bucket.keys("stage.>"):
+                if stage := await bucket.get_as(key, StageState):
+                    stages.append(stage)
+    return stages
+
+
+async def _lost_since_s(client: Client) -> dict[str, float]:
+    with suppress(ShoalError, NatsError, TimeoutError):
+        async with asyncio.timeout(_ANSWER_TIMEOUT_S):
+            bucket = Buckets(client.jetstream(timeout=_ANSWER_TIMEOUT_S)).state
+            if members := await bucket.get_as(MEMBERS_KEY, MembersState):
+                return members.lost_since_s
+    return {}
 
 
 async def _settings(run_directory: Path, servers: Sequence[NatsServerInfo]) -> JetStreamSettings | None:

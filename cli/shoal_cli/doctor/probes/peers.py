@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
 
@@ -12,21 +12,22 @@ import httpx2
 import msgspec
 
 from shoal_cli.doctor.checks.clocks import ClockOffset
-from shoal_cli.doctor.checks.peers import AddressReach, FileserverReach
+from shoal_cli.doctor.checks.peers import AddressReach, FileserverReach, PortReach
 from shoal_cli.doctor.checks.reachability import OsInfo
 from shoal_cli.doctor.probes.local_node import LocalNode
 from shoal_cli.doctor.probes.nats import LivenessSample
 from shoal_cli.doctor.probes.tcp_connect import classify_connect_error, connect
 from shoal_common.bus import cluster_clock
 from shoal_common.errors import Denied
-from shoal_common.host.addresses import reachable_addresses
+from shoal_common.host.addresses import filter_reachable, reachable_addresses, sort_by_preference
 from shoal_common.host.process_identity import network_id
 from shoal_common.identity.node_identity import load_identity
 from shoal_common.identity.peer_links import PeerLinks
 from shoal_common.identity.peer_secrets import PeerSecrets
 from shoal_common.identity.peer_tokens import HEALTH_NAME, PeerTokens
+from shoal_common.messages.instances import StageState
 from shoal_common.messages.liveness import NodeAddress
-from shoal_common.settings.node import EncryptionSettings
+from shoal_common.settings.node import STAGE_PORT_COUNT, EncryptionSettings
 from shoal_common.settings.values import read_valid_settings
 
 _CONNECT_TIMEOUT_S = 3.0
@@ -34,6 +35,8 @@ _ANSWER_TIMEOUT_S = 3.0
 MAX_PEERS = 64
 MAX_ADDRESSES = 4
 _MAX_CONCURRENT = 32
+_MAX_PORTS = 128
+"""All of them silent take 12 s."""
 _FILESERVER_STATUSES = (200, 401)
 _DATE_ERROR_S = 1.5
 """An HTTP date is a whole second, and the server makes it once a second."""
@@ -68,6 +71,56 @@ async def probe(
     semaphore = asyncio.Semaphore(_MAX_CONCURRENT)
     probed = await asyncio.gather(*(_probe_node(node, sample, access, system, semaphore) for node, sample in found))
     return [reach for reach, _ in probed], {reach.node: offset for reach, offset in probed if offset is not None}
+
+
+async def probe_ports(
+    samples: Mapping[tuple[str, str], LivenessSample],
+    stages: Sequence[StageState],
+    fileservers: Sequence[FileserverReach],
+    node: str,
+    system: OsInfo,
+) -> list[PortReach]:
+    """Return whether the ports of other nodes' gateways and stages accept connections from here.
+
+    Where no stage listens, the first and the last of the node's ports for stages tell whether a firewall drops what
+    is sent there: they refuse, or do not answer.
+    """
+    network, others = network_id(), {n for n, _ in samples if n != node}
+    wanted: list[tuple[str, str, list[str]]] = []
+    for (other, service), sample in sorted(samples.items()):
+        if other in others and service == "gateway":
+            links = reachable_addresses(sample.live, network, system.interfaces)
+            wanted.append((other, service, [link.address for link in links]))
+    for stage in stages:
+        if stage.node in others and stage.links:
+            links = sort_by_preference(filter_reachable(stage.links, same_host=False), system.interfaces)
+            wanted.append((stage.node, "stage", [link.address for link in links]))
+    for reach in fileservers:
+        host = next((a.address.rpartition(":")[0] for a in reach.tried if a.is_good), "")
+        inference = samples.get((reach.node, "inference"))
+        first = inference.live.facts.stage_port if inference else 0
+        if reach.node in others and reach.is_remote and host and first:
+            ports = (first, first + STAGE_PORT_COUNT - 1)
+            wanted += [(reach.node, "stages", [f"{host}:{port}"]) for port in ports]
+    semaphore = asyncio.Semaphore(_MAX_CONCURRENT)
+
+    async def reached(other: str, service: str, addresses: list[str]) -> PortReach:
+        tried = await asyncio.gather(*(_connects(a, semaphore) for a in addresses[:MAX_ADDRESSES]))
+        return PortReach(node=other, service=service, tried=tried)
+
+    return list(await asyncio.gather(*(reached(*port) for port in wanted[:_MAX_PORTS])))
+
+
+async def _connects(address: str, semaphore: asyncio.Semaphore) -> AddressReach:
+    host, _, port = address.rpartition(":")
+    async with semaphore:
+        try:
+            _, _, writer = await connect(host.strip("[]"), int(port), _CONNECT_TIMEOUT_S)
+            writer.close()
+        except (OSError, TimeoutError, ValueError) as e:
+            error, reason = classify_connect_error(e)
+            return AddressReach(address=address, error=error, reason=reason)
+    return AddressReach(address=address)
 
 
 async def _probe_node(

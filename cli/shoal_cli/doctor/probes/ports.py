@@ -15,7 +15,8 @@ from shoal_cli.node.node_plan import LOOPBACK
 from shoal_cli.node.ports import bind_problem
 from shoal_common.config import NATS_PORT
 from shoal_common.messages.liveness import LivenessRecord
-from shoal_common.settings.node import PortSettings
+from shoal_common.settings.node import NodeSettings, PortSettings
+from shoal_common.settings.ports import fileserver_ports
 from shoal_common.settings.values import read_valid_settings
 
 _SERVICES = ("nats", "gateway", "fileserver")
@@ -58,7 +59,7 @@ def expected(
     pids = {c.name: c.pid for c in status.children} if status else {}
     running = {c.name for c in status.children if c.phase == "ready"} if status else set(live)
     known = {c.name for c in status.children} if status else set(_SERVICES)
-    settings, _ = read_valid_settings(PortSettings, {}, local.environ)
+    settings, _ = read_valid_settings(PortSettings, local.settings, local.environ)
     ports = []
     if local.runs_nats and (status is None or "nats" in known):
         url = urlsplit(local.servers[0]) if local.servers else urlsplit("")
@@ -70,10 +71,11 @@ def expected(
         port = url.port or settings.gateway_port
         ports.append(_expected("gateway", url.hostname or _bind_address(local), port, "gateway" in running))
     if "fileserver" in known:
-        port = settings.fileserver_port
+        port = fileserver_ports(settings, local.settings)[0]
         if "fileserver" in running:
             port = _published_port(live.get("fileserver")) or _port_of(pids.get("fileserver", 0), found) or port
-        if port or "fileserver" in running:
+        # One that was not set may be taken: the fileserver finds another.
+        if settings.fileserver_port or "fileserver" in running:
             ports.append(_expected("fileserver", _bind_address(local), port, "fileserver" in running))
     return ports
 
@@ -84,7 +86,8 @@ def _expected(service: str, host: str, port: int, running: bool) -> ExpectedPort
 
 
 def _bind_address(local: LocalNode) -> str:
-    return local.environ.get("SHOAL_BIND") or LOOPBACK
+    settings, _ = read_valid_settings(NodeSettings, local.settings, local.environ)
+    return (local.status.bind if local.status else "") or settings.bind or LOOPBACK
 
 
 def _published_port(live: LivenessRecord | None) -> int:

@@ -16,9 +16,10 @@ import msgspec
 from shoal_cli.membership.nats_users import tls_configuration, users_configuration
 from shoal_cli.membership.operator_files import OperatorFiles
 from shoal_cli.node.node_plan import NodePlan, bracketed, local_address
-from shoal_cli.node.ports import bind_problem, holder_of
+from shoal_cli.node.ports import bind_problem
 from shoal_cli.node_home import Home
 from shoal_common.errors import NotFound, Refused
+from shoal_common.host.listening import holder_of
 from shoal_common.host.private_files import replace_private
 from shoal_common.identity.tls import unverified_context
 from shoal_common.messages import DECODE_ERRORS

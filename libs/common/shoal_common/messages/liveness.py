@@ -64,6 +64,8 @@ class NodeFacts(WireStruct):
     """The rate that running stages have shown, where it differs; 0 if none (inference)."""
     disk_free_bytes: int = 0
     """Free space on the store's disk (storage)."""
+    stage_port: int = 0
+    """First of the ports on which its stages listen; 0: any (inference)."""
 
 
 class PeerConnectionLost(WireStruct):

@@ -114,6 +114,8 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
     """Whether a number is written as text with its unit."""
     text: str
     """What a text has to be, in words; "" for any."""
+    items: str
+    """What a list that is not one of directories has, in words; "" for directories."""
 
     @property
     def variable(self) -> str:
@@ -122,7 +124,7 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_list(self) -> bool:
-        """Whether it is a list of directories."""
+        """Whether it is a list: of directories, or of `items`."""
         return isinstance(self.kind, inspect.VarTupleType)
 
     @property
@@ -141,7 +143,8 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
         if self.choices:
             return " or ".join(f'"{choice}"' for choice in self.choices)
         if isinstance(self.kind, inspect.VarTupleType):
-            return f"a list of at most {self.kind.max_length} directories, each absolute or with ~"
+            items = self.items or "directories, each absolute or with ~"
+            return f"a list of at most {self.kind.max_length} {items}"
         if isinstance(self.kind, inspect.BoolType):
             return "true or false"
         if isinstance(self.kind, inspect.IntType | inspect.FloatType):
@@ -201,4 +204,5 @@ def _declared(field: inspect.Field, annotated: Any, section: str) -> Setting | N
         unit=found.get("unit"),
         is_text=found.get("is_text", False),
         text=found.get("expected", ""),
+        items=found.get("items", ""),
     )

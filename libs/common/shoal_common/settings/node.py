@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from msgspec import Meta, field
 
+from shoal_common.names import SERVICES
 from shoal_common.settings.declaration import (
     Bandwidth,
     Bytes,
@@ -17,6 +18,8 @@ from shoal_common.settings.declaration import (
     setting,
 )
 
+FILESERVER_PORT, STAGE_PORT, STAGE_PORT_COUNT = 8081, 8082, 16
+"""With the gateway's 8080 one block: 8080 to 8097."""
 EvictionPolicy = Literal["manual", "lru"]
 TlsMode = Literal["auto", "off"]
 Sealers = Annotated[
@@ -227,9 +230,61 @@ class TlsSettings(Section, frozen=True, kw_only=True):
 
 
 class PortSettings(Section, frozen=True, kw_only=True):
-    """The ports of this node's services: from the environment alone."""
+    """The ports of this node: NATS's, and one block for the rest."""
 
-    section: ClassVar[str] = ""
+    section: ClassVar[str] = "node"
 
-    gateway_port: Annotated[Port, setting("port of the gateway, 0 for any free one")] = 8080
-    fileserver_port: Annotated[Port, setting("port of the fileserver, 0 for any free one")] = 0
+    nats_port: Annotated[Port, setting("port of NATS, 0 for any free one", flag=CliFlag("--nats-port"))] = 4222
+    gateway_port: Annotated[Port, setting("port of the gateway, 0 for any free one", flag=CliFlag("--port"))] = 8080
+    fileserver_port: Annotated[
+        Port | None,
+        setting(
+            "port of the fileserver, for weights and the hub's protocol; 0 for any free one",
+            example="8081",
+            unset=f"`{FILESERVER_PORT}`, or any free one where that is taken",
+        ),
+    ] = None
+    stage_port: Annotated[
+        Annotated[int, Meta(ge=0, le=65536 - STAGE_PORT_COUNT)] | None,
+        setting(
+            f"first of the {STAGE_PORT_COUNT} ports of stages, 0 for any free ones",
+            example="8082",
+            unset=f"`{STAGE_PORT}`, and any free one once all {STAGE_PORT_COUNT} are taken",
+        ),
+    ] = None
+
+
+class NodeSettings(PortSettings, frozen=True, kw_only=True):
+    """What this node was told by options of `shoal up`, which keeps them."""
+
+    section: ClassVar[str] = "node"
+
+    bind: Annotated[
+        str,
+        setting(
+            "address to listen on",
+            example='"0.0.0.0"',
+            unset="`127.0.0.1`; `0.0.0.0` in the cluster of another machine",
+            flag=CliFlag("--bind"),
+        ),
+    ] = ""
+    nats: Annotated[
+        tuple[str, ...],
+        Meta(max_length=16, extra={"items": "URLs of NATS servers"}),
+        setting("NATS servers to use instead of an own one", example="nats://host:4222", flag=CliFlag("--nats")),
+    ] = ()
+    without: Annotated[
+        tuple[Annotated[str, Meta(pattern=f"^({'|'.join(SERVICES)})$")], ...],
+        Meta(max_length=len(SERVICES), extra={"items": f"services: {', '.join(SERVICES)}"}),
+        setting("services that do not run here", example="gateway", flag=CliFlag("--no-SERVICE")),
+    ] = ()
+    hub: Annotated[
+        str,
+        setting(
+            "hub instead of huggingface.co; HF_ENDPOINT overrides it",
+            example='"https://hub.example"',
+            unset="huggingface.co",
+            flag=CliFlag("--hub"),
+            has_variable=False,
+        ),
+    ] = ""

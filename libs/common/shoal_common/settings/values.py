@@ -69,7 +69,10 @@ def _section(file: Mapping[str, object], name: str) -> Mapping[str, object]:
 
 
 def _from_text(setting: Setting, text: str) -> object:
-    return [path for path in text.split(_PATH_SEPARATOR) if path] if setting.is_list else text
+    if not setting.is_list:
+        return text
+    parts = text.split("," if setting.items else _PATH_SEPARATOR)
+    return [part.strip() if setting.items else part for part in parts if part.strip()]
 
 
 def check_value(setting: Setting, value: object, source: str) -> Any:
@@ -79,7 +82,7 @@ def check_value(setting: Setting, value: object, source: str) -> Any:
         checked = msgspec.convert(plain, setting.type, strict=False)
         if not setting.is_list:
             return checked
-        if bad := [path for path in checked if not path.startswith(("/", "~")) or not path.isprintable()]:
+        if bad := [p for p in checked if not (setting.items or p.startswith(("/", "~"))) or not p.isprintable()]:
             value = bad[0]
             raise BadInput("not the path of a directory")
         return tuple(dict.fromkeys(checked))
@@ -127,6 +130,18 @@ def by_section(kind: type[Section], changes: Mapping[str, Value]) -> dict[str, d
             value = changes[setting.key]
             sections.setdefault(setting.section, {})[setting.key] = None if value == [] else value
     return sections
+
+
+def with_changes(settings: Mapping[str, Any], section: str, changes: Mapping[str, Value]) -> dict[str, Any]:
+    """Return the parsed node.toml after a change; None removes a key. Raises Refused if the section is no table."""
+    existing = settings.get(section, {})
+    if not isinstance(existing, Mapping):
+        raise Refused(f"{section} in node.toml is {existing!r}: write it as a section [{section}] first")
+    unchanged = {k: v for k, v in existing.items() if k not in changes}
+    table = unchanged | {k: v for k, v in changes.items() if v is not None}
+    if not table and section not in settings:
+        return dict(settings)
+    return {**settings, section: table}
 
 
 def values_by_key(settings: Section) -> dict[str, Value]:

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from shoal_common.errors import BadInput, ErrorBody, InternalError
+from shoal_common.errors import BadInput, ErrorBody, InternalError, Unavailable
 from shoal_common.identity.tls import client_context, server_context
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages.generation import TokenEvent
@@ -157,11 +157,9 @@ def _join_ring(core: StagePipeline, lead: Rank0Driver | None, group: asyncio.Tas
         server_context(start.tls) if start.tls and start.is_encrypted else None,
     )
     try:
-        listener = core.predecessor.listen(start.bind_host)
-    except OSError as error:
-        raise LoadFailed(
-            f"cannot listen on {start.bind_host}: {error}; set SHOAL_BIND to an address of this machine"
-        ) from error
+        listener = core.predecessor.listen(start.bind_host, start.ports)
+    except Unavailable as error:
+        raise LoadFailed(error.message) from error
     core.emit(Listening(port=listener.getsockname()[1]))
     group.create_task(core.predecessor.run(listener))
     group.create_task(core.successor.run())

@@ -55,6 +55,8 @@ class Start(_IpcMessage, frozen=True, kw_only=True):
     context_tokens: int = 0
     """Prompt and answer together; 0 means the model's max_position_embeddings."""
     bind_host: str = "127.0.0.1"
+    ports: tuple[int, ...] = (0,)
+    """To listen on the first that is free, 0 standing for any."""
     successor_secret: bytes = b""
     """Shared with the next stage, base64 in JSON. Proves at connect who both are."""
     predecessor_secret: bytes = b""

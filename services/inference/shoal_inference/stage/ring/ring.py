@@ -8,11 +8,12 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 
 from shoal_common.concurrency.backoff import Backoff
 from shoal_common.concurrency.notifier import Notifier
+from shoal_common.host.listening import listen
 from shoal_common.logs import StructuredLogger
 from shoal_inference.stage.errors import LinkClosed, LinkError
 from shoal_inference.stage.ring import connection
@@ -161,11 +162,13 @@ class Predecessor:
         """Whether the predecessor is connected."""
         return self._live is not None
 
-    def listen(self, host: str) -> socket.socket:
-        """A listening socket on any free port of `host`."""
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        both = host == "::"  # all addresses of the node are told then, those of IPv4 too
-        listener = socket.create_server((host, 0), family=family, backlog=MAX_HANDSHAKES, dualstack_ipv6=both)
+    def listen(self, host: str, ports: Sequence[int] = (0,)) -> socket.socket:
+        """A listening socket on the first of these ports of `host` that is free, 0 standing for any.
+
+        Raises Unavailable.
+        """
+        remedy = "stop that program, or set stage_port in node.toml to another port"
+        listener = listen(host, ports, "the stage", remedy, MAX_HANDSHAKES)
         listener.setblocking(False)
         return listener
 
