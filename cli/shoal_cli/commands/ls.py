@@ -41,9 +41,10 @@ def ls(
     answer = cli.gateway.get("/v1/status", JsonObject)
     if cli.as_json:
         return cli.print_json({"models": answer.get("models", [])})
-    held = msgspec.convert(answer, StatusView).models
-    if held:
-        cli.out.print(models_table(held), crop=False)
+    status = msgspec.convert(answer, StatusView)
+    if status.models:
+        down = {n.node for n in status.nodes if not n.live}
+        cli.out.print(models_table(status.models, down), crop=False)
     else:
         cli.print("no node holds a model yet: `shoal pull org/name` downloads one")
     return 0

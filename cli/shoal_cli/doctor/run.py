@@ -59,6 +59,7 @@ CHECKS: tuple[str, ...] = (
     nats.STREAMS,
     nats.NATS_STORE,
     clocks.CHECK,
+    peers.NODES,
     peers.CHECK,
     duplicate_ids.CHECK,
     versions.CHECK,
@@ -109,6 +110,7 @@ async def _run_checks(home: Home, environ: Mapping[str, str]) -> DoctorReport:
             tasks.create_task(_services(local, cluster)),
             tasks.create_task(_ports_and_files(local, cluster)),
             tasks.create_task(_nats(cluster, system)),
+            tasks.create_task(_nodes(cluster)),
             tasks.create_task(_peers_and_clocks(local, cluster, system)),
             tasks.create_task(_ids_and_versions(local, cluster)),
         ]
@@ -232,6 +234,14 @@ async def _ports_and_files(local: LocalNode, cluster: asyncio.Task[ClusterProbe]
 
 async def _nats(cluster: asyncio.Task[ClusterProbe], system: asyncio.Task[OsInfo]) -> list[Finding]:
     return nats.check((await cluster).facts, await system)
+
+
+async def _nodes(cluster: asyncio.Task[ClusterProbe]) -> list[Finding]:
+    seen = await cluster
+    if not seen.facts.connected or seen.clock is None:
+        return [_skipped(peers.NODES, seen)]
+    up = {node for node, _ in seen.samples} - seen.down_since_s.keys()
+    return peers.check_nodes(sorted(up), seen.down_since_s, seen.lacking)
 
 
 async def _peers_and_clocks(

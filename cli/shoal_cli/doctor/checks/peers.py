@@ -1,15 +1,17 @@
-"""Whether the fileservers of all nodes can be reached from here. Pure."""
+"""Which nodes are down, and whether the fileservers of the others can be reached from here. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
 from shoal_cli.doctor.checks.reachability import ConnectError, OsInfo, connect_remedy, describe
-from shoal_cli.doctor.finding import Finding, join_names, or_ok
+from shoal_cli.doctor.finding import Finding, Level, join_names, or_ok
+from shoal_common.liveness.availability import down_text
 
 CHECK = "fileservers"
+NODES = "nodes"
 _UNAUTHORIZED = 401
 
 
@@ -37,6 +39,20 @@ class FileserverReach(msgspec.Struct, frozen=True, kw_only=True):
     """Those that can be meant for this machine, in the order in which a fetcher tries them."""
     is_remote: bool
     """Whether it is on another machine, where our loopback is not its own."""
+
+
+def check_nodes(up: Sequence[str], down_since_s: Mapping[str, float], lacking: Mapping[str, str]) -> list[Finding]:
+    """Return which nodes are down. `lacking`: by instance that cannot answer, the reason."""
+    wrong = []
+    for node, since_s in sorted(down_since_s.items()):
+        # A machine that nobody misses may be switched off.
+        level: Level = "problem" if any(f"node {node} " in reason for reason in lacking.values()) else "warning"
+        remedy = f"`shoal up` there; if it is gone for good, `shoal node forget {node}`"
+        wrong.append(Finding(NODES, level, down_text(node, since_s), remedy, f"node {node}"))
+    for instance, reason in sorted(lacking.items()):
+        remedy = f"`shoal rebalance {instance}` moves it to nodes that are up; `shoal stop {instance}` ends it"
+        wrong.append(Finding(NODES, "problem", f"instance {instance} cannot answer: {reason}", remedy, instance))
+    return or_ok(NODES, wrong, f"up: {join_names(sorted(up)) if up else 'none'}")
 
 
 def check(fileservers: Sequence[FileserverReach], node: str, system: OsInfo) -> list[Finding]:

@@ -26,7 +26,7 @@ from shoal_cli.node.children.nats_process import NatsPorts
 from shoal_cli.node.node_plan import without_token
 from shoal_common.bus.cluster_clock import parse_nats_time
 from shoal_common.bus.connection import login_of, login_options
-from shoal_common.bus.keys import storage_key
+from shoal_common.bus.keys import MEMBERS_KEY, storage_key
 from shoal_common.bus.kv_bucket import Buckets
 from shoal_common.bus.nats_client import NatsClient
 from shoal_common.bus.streams import stream_configs
@@ -35,8 +35,10 @@ from shoal_common.errors import BadInput, BadMessage, ShoalError
 from shoal_common.identity.node_identity import CLI, NodeIdentity
 from shoal_common.identity.tls import unverified_context
 from shoal_common.messages import DECODE_ERRORS, decode
+from shoal_common.messages.instances import InstanceState
 from shoal_common.messages.liveness import LivenessRecord
 from shoal_common.messages.membership import Member
+from shoal_common.messages.placement import MembersState, NodeState
 from shoal_common.messages.storage import StorageState
 from shoal_common.units import parse_bytes
 
@@ -69,6 +71,10 @@ class ClusterProbe(msgspec.Struct, frozen=True, kw_only=True):
     certificates: dict[str, str] = {}
     """Of the cluster's members, by node."""
     storage: StorageState | None = None
+    down_since_s: dict[str, float] = {}
+    """Nodes that are down, as placement's leader has published."""
+    lacking: dict[str, str] = {}
+    """By instance that cannot answer, the reason."""
 
 
 async def probe(
@@ -171,8 +177,11 @@ async def _ask(client: Client, facts: NatsFacts, node: str, run_directory: Path)
     # Of several readings the fastest one is the most precise.
     clocks = [clock for _, clock in answers if clock is not None]
     existing = {str(s.expected.name) for s in streams if s.actual is not None}
+    down_since_s, lacking = await _down(client) if "KV_state" in existing else ({}, {})
     return ClusterProbe(
         facts=facts,
+        down_since_s=down_since_s,
+        lacking=lacking,
         clock=min(clocks, key=lambda c: c.error_s, default=None),
         samples=await _samples(client) if "KV_live" in existing else {},
         certificates=await _certificates(client) if "KV_spec" in existing else {},
@@ -237,6 +246,25 @@ async def _certificates(client: Client) -> dict[str, str]:
                 if member := await bucket.get_as(key, Member):
                     certificates[member.node] = member.certificate
     return certificates
+
+
+async def _down(client: Client) -> tuple[dict[str, float], dict[str, str]]:
+    """Return the nodes that are down, with since when, and the instances that cannot answer, with the reason."""
+    down_since_s: dict[str, float] = {}
+    lacking: dict[str, str] = {}
+    with suppress(ShoalError, NatsError, TimeoutError):
+        async with asyncio.timeout(_ANSWER_TIMEOUT_S):
+            state = Buckets(client.jetstream(timeout=_ANSWER_TIMEOUT_S)).state
+            members = await state.get_as(MEMBERS_KEY, MembersState) or MembersState()
+            for key in await state.keys("node.*"):
+                if node := await state.get_as(key, NodeState):
+                    down_since_s[node.node] = node.down_since_s
+            down_since_s |= {node: since_s for node, since_s in members.lost_since_s.items() if since_s > 0}
+            for key in await state.keys("instance.*"):
+                instance = await state.get_as(key, InstanceState)
+                if instance is not None and instance.phase in ("degraded", "failed"):
+                    lacking[instance.id] = instance.error.message if instance.error else f"it is {instance.phase}"
+    return down_since_s, lacking
 
 
 async def _storage(client: Client, node: str) -> StorageState | None:

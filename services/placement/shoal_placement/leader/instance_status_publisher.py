@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 
 from shoal_common.bus.cluster_lease import ClusterLease
-from shoal_common.bus.keys import instance_key
+from shoal_common.bus.keys import MEMBERS_KEY, instance_key
 from shoal_common.bus.kv_mirror import KvMirror
 from shoal_common.bus.reconcile import earliest, reconcile_forever
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages.instances import InstanceSpec, InstanceState, StageState
 from shoal_common.messages.liveness import LivenessRecord
+from shoal_common.messages.placement import MembersState
 from shoal_common.service import ServiceContext
 from shoal_placement.leader.failure_detector import FailureDetector
 from shoal_placement.leader.failure_rules import nodes_present
@@ -72,10 +73,13 @@ class InstanceStatusPublisher:
             key.partition(".")[0] for key, _ in self._live.items("", LivenessRecord) if key.endswith(".inference")
         }
         unresponsive = self._failure_detector.unresponsive_nodes("inference")
+        members = self._state.get(MEMBERS_KEY, MembersState) or MembersState()
+        down_since_s = {node: since_s for node, since_s in members.lost_since_s.items() if since_s > 0}
         for name, spec in specs.items():
             before = published.get(name)
             nodes = nodes_present(live, unresponsive, before, settled)
-            now = instance_status(spec, stages, nodes, before, self._migrator.stay_reasons.get(name))
+            stays_because = self._migrator.stay_reasons.get(name)
+            now = instance_status(spec, stages, nodes, before, stays_because, down_since_s)
             if now != before:
                 await self._state.wait_revision(await writes.state.put(instance_key(name), now))
             if has_become_degraded(before, now):
