@@ -10,9 +10,13 @@ from nats.js import api
 
 from shoal_cli.node_home import Home
 from shoal_common import VERSION
+from shoal_common.bus.keys import MEMBERS_KEY, instance_key
 from shoal_common.bus.streams import stream_configs
+from shoal_common.errors import StageLost
 from shoal_common.host.process_identity import this_process
+from shoal_common.messages.instances import InstanceState
 from shoal_common.messages.liveness import LivenessRecord, NodeFacts
+from shoal_common.messages.placement import MembersState
 from tests.cli.doctor_fixtures import (
     cluster,
     findings_about,
@@ -138,6 +142,21 @@ def test_a_nats_of_ones_own_with_periodic_sync_is_a_warning(
 
 
 # What the nodes say of themselves
+
+
+def test_a_node_that_is_gone_is_named_with_its_instances(home: Home, own_nats: NatsServer) -> None:
+    async def remove_b(here: Joined) -> None:
+        await here.buckets.state.put(MEMBERS_KEY, MembersState(lost_since_s={"a": 0.0, "b": 86400.0}))
+        error = StageLost("node b is down since 1970-01-02T00:00:00+00:00").body()
+        lost = InstanceState(id="i1", repo="o/m", commit="c" * 40, phase="degraded", nodes=["a", "b"], error=error)
+        await here.buckets.state.put(instance_key("i1"), lost)
+
+    put_liveness(own_nats, ("a", "storage", liveness_elsewhere()))
+    assert only_finding(probe(home, own_nats), "nodes").what == "up: a"
+    cluster(own_nats, remove_b)
+    found = {f.about: f for f in findings_about(probe(home, own_nats), "nodes")}
+    assert {f.level for f in found.values()} == {"problem"} and set(found) == {"node b", "i1"}
+    assert "node b is down since 1970-01-02" in found["node b"].what and "i1 cannot answer" in found["i1"].what
 
 
 def test_another_version_of_a_node_is_reported(home: Home, own_nats: NatsServer) -> None:

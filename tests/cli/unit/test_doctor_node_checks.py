@@ -145,6 +145,15 @@ def test_an_unreachable_fileserver_has_a_remedy(found: FileserverReach, level: s
     assert_finding(only(peers.check([found], "a", OsInfo())), level, *texts)
 
 
+def test_a_node_that_is_gone_is_named_with_what_lacks_it() -> None:
+    assert only(peers.check_nodes(["a", "b"], {}, {})).what == "up: a, b"
+    assert_finding(only(peers.check_nodes(["a"], {"b": 86400.0}, {})), "warning", "node b is down since 1970-01-02")
+    lacking = {"i1": "node b is down since 1970-01-02T00:00:00+00:00"}
+    node, instance = peers.check_nodes(["a"], {"b": 86400.0}, lacking)
+    assert_finding(node, "problem", "node b is down since 1970-01-02", "shoal node forget b")
+    assert_finding(instance, "problem", "instance i1 cannot answer: node b is down", "shoal rebalance i1")
+
+
 def test_a_node_that_others_cannot_reach_reports_itself() -> None:
     own = peer("a", AddressReach(address="127.0.0.1:9", status=200), published=("127.0.0.1:9",), is_remote=False)
     assert_finding(
@@ -342,6 +351,6 @@ def test_every_check_has_its_place_in_the_page() -> None:
         value
         for module in (clocks, disk, duplicate_ids, machine, nats, peers, permissions, ports, services, versions)
         for name, value in vars(module).items()
-        if name in ("CHECK", "DISK", "VOLUMES", "MEMORY", "LIMITS", "NATS", "STREAMS", "NATS_STORE")
+        if name in ("CHECK", "DISK", "VOLUMES", "MEMORY", "LIMITS", "NODES", "NATS", "STREAMS", "NATS_STORE")
     }
     assert made == set(CHECKS)

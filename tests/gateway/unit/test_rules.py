@@ -195,7 +195,7 @@ def test_an_outage_of_nats_shows_no_stage_as_down() -> None:
     assert view is not None and view.phase == "ready" and [s.phase for s in view.stages] == ["ready", "ready"]
 
 
-def test_a_lost_node_is_not_live_until_a_service_of_it_started_later() -> None:
+def test_a_lost_node_is_not_live_until_a_service_starts() -> None:
     state = KvMirror("state")
     state.replace({MEMBERS_KEY: encode(MembersState(lost_since_s={"a": 0.0, "b": 50.0}))})
     for started_at_s, lost in ((40.0, {"b": 50.0}), (60.0, {})):
