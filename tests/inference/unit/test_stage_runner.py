@@ -88,4 +88,5 @@ async def test_a_lost_neighbour_is_named_until_the_ring_is_closed() -> None:
     await runner._note_link_error(unusable)
     assert runner.published[-1].error == unusable
     await runner._handle_event(messages.Linked())
-    assert (runner.published[-1].phase, runner.published[-1].error) == ("ready", None)
+    linked = runner.published[-1]
+    assert (linked.phase, linked.error) == ("ready", None)
