@@ -37,7 +37,7 @@ def is_usable_sample(pass_bytes: int, idle_bytes_per_s: float) -> bool:
 
 
 def update_estimate(estimate: float, sample: float, idle_bytes_per_s: float) -> float:
-    """Return the estimate after one more sample. `estimate`: the one before; 0: none, so the sample is taken whole."""
+    """Return the estimate after one more sample. `estimate`: the one before; 0: none, the sample is taken whole."""
     slowest = idle_bytes_per_s / MAX_DEVIATION_FACTOR
     fastest = idle_bytes_per_s * MAX_DEVIATION_FACTOR or math.inf
     weight = SAMPLE_WEIGHT if estimate else 1.0

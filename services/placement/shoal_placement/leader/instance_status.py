@@ -71,6 +71,14 @@ def has_become_degraded(before: InstanceState | None, now: InstanceState) -> boo
     return now.phase == "degraded" and not was_degraded
 
 
+def is_explained(missing: Iterable[tuple[StageSpec, str]], stages: Iterable[StageState]) -> bool:
+    """Return whether a stage that is not ready is the cause, and not only one that has lost its neighbour."""
+    linking = {(s.rank, s.node) for s in stages if s.phase == "linking"}
+    return any(
+        f"node {stage.node} is down" == reason or (stage.rank, stage.node) not in linking for stage, reason in missing
+    )
+
+
 def stages_not_ready(spec: InstanceSpec, stages: Iterable[StageState], live: Set[str]) -> list[tuple[StageSpec, str]]:
     """Return the stages of an instance that are not ready, in rank order, each with the reason."""
     own = _own_stages(spec, stages)
