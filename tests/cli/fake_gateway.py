@@ -40,6 +40,16 @@ def instance(phase: str, identity: str = "i1", **more: Any) -> dict[str, Any]:
     return {**base, "nodes": ["node-a"], "stages": [stage], "error": None, **more}
 
 
+def lacking(phase: str, identity: str = "i1") -> dict[str, Any]:
+    """An instance on node-a and node-b, whose node-b is down."""
+    broken = {"code": "stage_lost", "message": "no connection to stage 1"}
+    stages = [
+        {"rank": 0, "node": "node-a", "first_layer": 0, "last_layer": 4, "phase": "linking", "error": broken},
+        {"rank": 1, "node": "node-b", "first_layer": 4, "last_layer": 8, "phase": "down", "down_since_s": 86400.0},
+    ]
+    return instance(phase, identity, nodes=["node-a", "node-b"], stages=stages)
+
+
 class Cluster:
     """What the gateway knows and was asked. `downloads` and `placing` are answers in turn; the last one stays."""
 
@@ -77,6 +87,7 @@ class Cluster:
                 Route("/v1/instances", self._place, methods=["POST"]),
                 Route("/v1/instances/{id}", self._instance),
                 Route("/v1/instances/{id}", self._unplace, methods=["DELETE"]),
+                Route("/v1/instances/{id}/rebalance", self._rebalance, methods=["POST"]),
                 Route("/v1/chat/completions", self._chat, methods=["POST"]),
             ]
         )
@@ -171,6 +182,9 @@ class Cluster:
         if len(self.placing) > 1:
             self.placing.pop(0)
         return await self._note(request) or JSONResponse(self.placing[0])
+
+    async def _rebalance(self, request: Request) -> Response:
+        return await self._note(request) or JSONResponse({**self.placing[0], "moved": True, "command": "c5"})
 
     async def _unplace(self, request: Request) -> Response:
         found = any(i["id"] == request.path_params["id"] for i in self.instances)

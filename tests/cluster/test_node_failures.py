@@ -75,6 +75,15 @@ class Deaths:
 
         await eventually(reached, f"the instance is {phase}", DEADLINE_S)
 
+    async def is_named_with_a_time(self) -> bool:
+        """Return whether the error of the instance says since when b is down."""
+        state = await self.here.buckets.state.get_as(instance_key(self.instance), InstanceState)
+        assert state is not None
+        if state.error is None or not state.error.details["down_since_s"]["b"]:
+            return False
+        assert state.error.message.startswith("node b is down since "), state.error
+        return True
+
     async def is_not_offered_b(self) -> bool:
         """Return whether the leader, on a, would place nothing on b."""
         question = PlaceCommand(model=DEMO_MODEL, nodes=["b"], context_tokens=256)
@@ -135,6 +144,7 @@ async def test_a_broken_connection_reveals_a_death_before_key_expiry(tmp_path: P
         await asyncio.to_thread(deaths.site["b"]["placement"].stop)
         deaths.send("b", signal.SIGKILL)
         await deaths.wait_phase("degraded")
+        await eventually(deaths.is_named_with_a_time, "the instance's error names b and since when", DEADLINE_S)
         await eventually(deaths.is_not_offered_b, "b is not offered for placement", DEADLINE_S)
         assert await deaths.has_liveness_key("b"), "only the missing key told of it"
         assert "event retired" not in deaths.observed

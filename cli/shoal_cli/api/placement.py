@@ -9,7 +9,8 @@ from typing import Any
 from shoal_cli.api.client import GatewayClient
 from shoal_cli.api.schema import InstancesView
 from shoal_cli.render.tables import instance_status_text
-from shoal_common.errors import Expired, InternalError, NoMemory, from_body
+from shoal_common.errors import Expired, InternalError, NodeDown, NoMemory, NotFound, Refused, ShoalError, from_body
+from shoal_common.liveness.availability import down_text
 from shoal_common.messages.views import InstanceView, StatusView
 from shoal_common.names import DEFAULT_REVISION, ModelRef
 
@@ -68,7 +69,7 @@ def place(
 
 
 def wait_ready(gateway: GatewayClient, instance: InstanceView, report: Callable[[str], None]) -> InstanceView:
-    """Return an instance once it is ready. Raises the error it failed with, or Expired."""
+    """Return an instance once it is ready. Raises the error it failed with, NodeDown or Expired."""
     give_up_s = time.monotonic() + READY_DEADLINE_S
     reported = ""
     while instance.phase != "ready":
@@ -76,6 +77,14 @@ def wait_ready(gateway: GatewayClient, instance: InstanceView, report: Callable[
             if instance.error is not None:
                 raise from_body(instance.error)
             raise InternalError(f"instance {instance.id} failed; see `shoal logs inference`")
+        if down := nodes_down(instance):
+            text = ", ".join(down_text(node, since_s) for node, since_s in down.items())
+            raise NodeDown(
+                f"instance {instance.id} cannot answer: {text}; bring it back with `shoal up` there, or move the "
+                f"instance with `shoal rebalance {instance.id}`",
+                instance=instance.id,
+                down_since_s=down,
+            )
         if time.monotonic() > give_up_s:
             raise Expired(
                 f"instance {instance.id} is still {instance_status_text(instance)} after {READY_DEADLINE_S:.0f} s; "
@@ -90,15 +99,45 @@ def wait_ready(gateway: GatewayClient, instance: InstanceView, report: Callable[
     return instance
 
 
+def nodes_down(instance: InstanceView) -> dict[str, float]:
+    """Return the nodes of an instance that are down, with since when; 0 where that is not known."""
+    return {s.node: s.down_since_s or 0.0 for s in instance.stages if s.phase == "down"}
+
+
+def wait_ready_or_move(
+    gateway: GatewayClient, instance: InstanceView, body: dict[str, Any], report: Callable[[str], None]
+) -> InstanceView:
+    """Return an instance once it is ready; if a node of it is down, first move it to nodes that are up.
+
+    Where its own constraints allow no other nodes, the model is placed once more by `body`. Raises NodeDown if that
+    is not possible either.
+    """
+    try:
+        return wait_ready(gateway, instance, report)
+    except NodeDown as lost:
+        if "down_since_s" not in lost.details:
+            raise
+        report(f"{lost.message.partition(';')[0]}: moving it")
+        try:
+            moved = gateway.post(f"/v1/instances/{instance.id}/rebalance", {}, InstanceView)
+        except (Refused, NotFound):
+            try:
+                moved = gateway.post("/v1/instances", body, InstanceView)
+            except ShoalError as e:
+                message = f"{lost.message.partition(';')[0]}, and it cannot run on other nodes: {e.message}"
+                raise NodeDown(message, **lost.details) from None
+        return wait_ready(gateway, moved, report)
+
+
 def find_instance(gateway: GatewayClient, ref: ModelRef, status: StatusView) -> InstanceView | None:
-    """Return an instance of this model: a ready one, else one that is starting."""
+    """Return an instance of this model: a ready one, else one that is starting, else one that lacks a node."""
     commits = {m.commit for m in status.models if m.repo == ref.repo and matches_revision(m.commit, ref)}
     usable = [
         i
         for i in gateway.get("/v1/instances", InstancesView).instances
         if i.repo == ref.repo and i.phase != "failed" and (matches_revision(i.commit, ref) or i.commit in commits)
     ]
-    return min(usable, key=lambda i: i.phase != "ready", default=None)
+    return min(usable, key=lambda i: (i.phase != "ready", bool(nodes_down(i))), default=None)
 
 
 def matches_revision(commit: str, ref: ModelRef) -> bool:

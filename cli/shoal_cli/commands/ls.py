@@ -51,7 +51,8 @@ def ls(
     for line in incomplete_models:
         cli.print(line)
     if status.models:
-        cli.out.print(models_table(status.models), crop=False)
+        down = {n.node for n in status.nodes if not n.live}
+        cli.out.print(models_table(status.models, down), crop=False)
     elif not incomplete_models:
         cli.print("no node holds a model yet: `shoal pull org/name` downloads one")
     return 0

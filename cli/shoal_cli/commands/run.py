@@ -12,7 +12,7 @@ import typer
 from shoal_cli.api.chat import Conversation, Sampling
 from shoal_cli.api.downloads import ModelPull
 from shoal_cli.api.hub_token import hand_over_token, with_reason
-from shoal_cli.api.placement import find_instance, matches_revision, place, placement_request, wait_ready
+from shoal_cli.api.placement import find_instance, matches_revision, place, placement_request, wait_ready_or_move
 from shoal_cli.cli_context import CliContext
 from shoal_cli.command_app import CommandHelp, new_app
 from shoal_cli.commands.options import GatewayOption, HomeOption, ModelArgument, in_range
@@ -130,13 +130,13 @@ class ChatSession:
     def _prepare(self, ask: Callable[[str], bool] | None) -> Conversation:
         status = self._gateway.get("/v1/status", StatusView)
         instance = find_instance(self._gateway, self._ref, status)
+        body = placement_request(str(self._ref), self._exactly, None, [], 0)
         if instance is None:
             self._pull_if_missing(status, ask)
-            body = placement_request(str(self._ref), self._exactly, None, [], 0)
             self._err.print(f"[dim]placing {self._ref}[/dim]")
             instance = place(self._gateway, body, self._report, confirm if ask else None)
         elif instance.phase != "ready":
-            instance = wait_ready(self._gateway, instance, self._report)
+            instance = wait_ready_or_move(self._gateway, instance, body, self._report)
         return Conversation(self._gateway, instance.id, self._sampling)
 
     def _report(self, text: str) -> None:

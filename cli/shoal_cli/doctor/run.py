@@ -7,7 +7,6 @@ this node's home ──► file systems, permissions, memory, units      at once
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -19,9 +18,9 @@ from shoal_cli.doctor.checks import (
     disk,
     duplicate_ids,
     machine,
-    members,
     models,
     nats,
+    nodes,
     peers,
     permissions,
     ports,
@@ -30,7 +29,6 @@ from shoal_cli.doctor.checks import (
 )
 from shoal_cli.doctor.checks.nats import NatsFacts
 from shoal_cli.doctor.checks.ports import ExpectedPort, PortListener
-from shoal_cli.doctor.checks.reachability import OsInfo
 from shoal_cli.doctor.finding import Finding
 from shoal_cli.doctor.probes import disk as disk_probe
 from shoal_cli.doctor.probes import local_node, systemd_units
@@ -43,6 +41,7 @@ from shoal_cli.doctor.probes.local_node import LocalNode
 from shoal_cli.doctor.probes.nats import ClusterProbe, LivenessSample
 from shoal_cli.doctor.probes.tcp_connect import this_os
 from shoal_cli.doctor.probes.timeouts import run_with_timeout
+from shoal_cli.doctor.reachability import OsInfo
 from shoal_cli.node_home import Home
 from shoal_common import VERSION
 from shoal_common.host.process_identity import host_id, this_process
@@ -62,7 +61,7 @@ CHECKS: tuple[str, ...] = (
     nats.STREAMS,
     nats.NATS_STORE,
     clocks.CHECK,
-    members.CHECK,
+    nodes.CHECK,
     peers.CHECK,
     peers.NODE_PORTS,
     duplicate_ids.CHECK,
@@ -115,6 +114,7 @@ async def _run_checks(home: Home, environ: Mapping[str, str]) -> DoctorReport:
             tasks.create_task(_services(local, cluster)),
             tasks.create_task(_ports_and_files(local, cluster)),
             tasks.create_task(_nats(cluster, system)),
+            tasks.create_task(_nodes(local, cluster)),
             tasks.create_task(_peers_and_clocks(local, cluster, system)),
             tasks.create_task(_ids_and_versions(local, cluster)),
         ]
@@ -244,13 +244,29 @@ async def _nats(cluster: asyncio.Task[ClusterProbe], system: asyncio.Task[OsInfo
     return nats.check((await cluster).facts, await system)
 
 
+async def _nodes(local: LocalNode, cluster: asyncio.Task[ClusterProbe]) -> list[Finding]:
+    seen = await cluster
+    if not seen.facts.connected or seen.clock is None:
+        return [_skipped(nodes.CHECK, seen)]
+    return nodes.check(
+        nodes.NodesFacts(
+            node=local.node,
+            members=seen.certificates,
+            live={node for node, _ in seen.samples},
+            down_since_s=seen.down_since_s,
+            lacking=seen.lacking,
+            bind=local.status.bind if local.status else "",
+            runs_nats=local.runs_nats,
+        )
+    )
+
+
 async def _peers_and_clocks(
     local: LocalNode, cluster: asyncio.Task[ClusterProbe], system: asyncio.Task[OsInfo]
 ) -> list[Finding]:
     seen = await cluster
     if not seen.facts.connected or seen.clock is None:
-        return [_skipped(check, seen) for check in (members.CHECK, peers.CHECK, peers.NODE_PORTS, clocks.CHECK)]
-    together = members.check(_member_facts(local, seen))
+        return [_skipped(check, seen) for check in (peers.CHECK, peers.NODE_PORTS, clocks.CHECK)]
     try:
         os_info = await system
         reached, offsets = await _gather(
@@ -258,7 +274,7 @@ async def _peers_and_clocks(
         )
     except _ProbeFailed as e:
         unreached = [_probe_failed(peers.CHECK, e), _probe_failed(peers.NODE_PORTS, e)]
-        return [*together, *unreached, _skipped(clocks.CHECK, seen)]
+        return [*unreached, _skipped(clocks.CHECK, seen)]
     try:
         open_ports = peers.check_ports(
             await _gather(
@@ -271,20 +287,7 @@ async def _peers_and_clocks(
         open_ports = [_probe_failed(peers.NODE_PORTS, e)]
     against_nats = clocks.against_nats(local.node or "here", seen.clock, offsets, started_ahead(seen.samples))
     found = peers.check(reached, local.node, os_info)
-    return [*together, *found, *open_ports, *clocks.check(against_nats)]
-
-
-def _member_facts(local: LocalNode, seen: ClusterProbe) -> members.MemberFacts:
-    clock_ahead_s = seen.clock.ahead_s if seen.clock else 0.0
-    return members.MemberFacts(
-        node=local.node,
-        members=seen.certificates,
-        live={node for node, _ in seen.samples},
-        lost_since_s=seen.lost_since_s,
-        now_s=time.time() - clock_ahead_s,
-        bind=local.status.bind if local.status else "",
-        runs_nats=local.runs_nats,
-    )
+    return [*found, *open_ports, *clocks.check(against_nats)]
 
 
 def started_ahead(samples: Mapping[tuple[str, str], LivenessSample]) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Set
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -43,7 +44,8 @@ def render_status(status: StatusView) -> RenderableType:
     if running:
         parts += [Text("\ndownloads", style="bold"), *(Text(f"{d.model}  {progress_line(d, {})}") for d in running)]
     if status.models:
-        parts += [Text("\nmodels", style="bold"), models_table(status.models)]
+        down = {n.node for n in status.nodes if not n.live}
+        parts += [Text("\nmodels", style="bold"), models_table(status.models, down)]
     parts += [Text(f"{shard.node}: {shard_text(shard)}") for shard in status.shards]
     if status.instances:
         parts += [Text("\ninstances", style="bold"), instances_table(status.instances)]
@@ -118,11 +120,16 @@ def _node_state(node: NodeView, own_version: str) -> Text:
     return Text(f"up {format_duration(uptime_s)}{link}", style="green")
 
 
-def models_table(models: list[ModelView]) -> RenderableType:
-    """Return the models and the nodes that hold them."""
+def models_table(models: list[ModelView], down: Set[str] = frozenset()) -> RenderableType:
+    """Return the models and the nodes that hold them; `down`: nodes that are."""
     table = _table("model", "commit", "size", "nodes")
     for m in models:
-        table.add_row(m.repo, m.commit[:8], format_bytes(m.size_bytes), ", ".join(m.nodes))
+        table.add_row(
+            m.repo,
+            m.commit[:8],
+            format_bytes(m.size_bytes),
+            ", ".join(f"{n} (down)" if n in down else n for n in m.nodes),
+        )
     # Below the table and unbroken: a path folded into a narrow column cannot be copied.
     places = [
         f"{m.repo} on {n} is in {m.library_directory[n]}" for m in models for n in m.nodes if n in m.library_directory
@@ -216,5 +223,9 @@ def instance_status_text(instance: InstanceView) -> Text:
     if instance.error is not None:
         text += f": {instance.error.message}"
     elif instance.phase == "starting":
-        text += "".join(f", {s.node} {s.phase}" for s in instance.stages if s.phase and s.phase != "ready")
+        text += "".join(
+            f", {s.node} {s.phase}" + (f": {s.error.message}" if s.error else "")
+            for s in instance.stages
+            if s.phase and s.phase != "ready"
+        )
     return Text(text, style=_PHASE_STYLES.get(instance.phase, ""))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import msgspec
 
+from shoal_common.errors import Unavailable
 from shoal_common.host.addresses import sort_by_preference
 from shoal_common.host.interfaces import Interface
 from shoal_common.messages.instances import InstanceSpec, StageSpec, StageState
@@ -61,10 +62,23 @@ def successor_link(
     is_usable: Callable[[NodeAddress], bool],
     own_interfaces: Sequence[Interface] = (),
 ) -> NodeAddress | None:
-    """Return the best usable address of the stage after `rank` as seen from these interfaces; None without one."""
+    """Return the best usable address of the stage after `rank` as seen from these interfaces.
+
+    None while it has none. Raises Unavailable if none of its addresses may be used."""
     next_rank = (rank + 1) % len(spec.stages)
     for state in states:
         if (state.instance, state.rank, state.epoch) == (spec.id, next_rank, spec.epoch) and state.address:
             links = sort_by_preference(state.links, own_interfaces) or [NodeAddress(address=state.address)]
-            return next(filter(is_usable, links), None)
+            if (link := next(filter(is_usable, links), None)) is None:
+                raise _no_usable_link(next_rank, state.node, links)
+            return link
     return None
+
+
+def _no_usable_link(rank: int, node: str, links: Sequence[NodeAddress]) -> Unavailable:
+    addresses = ", ".join(link.address for link in links)
+    if any(link.tls for link in links):
+        reason = "they speak TLS, and this node is in no cluster: `shoal join` it with a code of `shoal invite`"
+    else:
+        reason = f"they do not encrypt, as a cluster's nodes do: join node {node} with a code of `shoal invite`"
+    return Unavailable(f"no address of stage {rank} on node {node} can be used ({addresses}): {reason}")

@@ -26,6 +26,7 @@ from shoal_inference.assignments import Assignment, assignments, reconcile, stal
 from shoal_inference.host_facts.bandwidth_estimate import BandwidthEstimate
 from shoal_inference.host_facts.device import (
     detect_device,
+    has_to_be_measured,
     read_observed_bandwidth,
     save_observed_bandwidth,
 )
@@ -78,10 +79,15 @@ class StageManager:
 
     async def detect_device(self) -> None:
         """Detect the accelerator and memory bandwidth; published with the next memory sample."""
-        home = self._context.config.home
-        self._device = await detect_device(home, self._settings.memory_bytes_per_s)
-        if self._settings.memory_bytes_per_s is None:  # a configured bandwidth is never corrected
-            self._speed.start(self._device.bytes_per_s, await asyncio.to_thread(read_observed_bandwidth, home))
+        home, configured = self._context.config.home, self._settings.memory_bytes_per_s
+        if configured is None:  # a configured bandwidth is never corrected
+            self._speed.start(0.0, await asyncio.to_thread(read_observed_bandwidth, home))
+        # On a busy machine a rough figure comes first: until there is one, placement assumes a fast machine's.
+        self._device = await detect_device(home, configured, idle_wait_s=0.0)
+        if configured is None and await asyncio.to_thread(has_to_be_measured, home):
+            self._device = await detect_device(home, configured)
+        if configured is None:
+            self._speed.start(self._device.bytes_per_s, 0.0)
 
     def _save_bandwidth(self, bytes_per_s: float) -> None:
         log.debug("memory bandwidth estimate changed", bytes_per_s=bytes_per_s)

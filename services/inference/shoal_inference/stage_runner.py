@@ -19,7 +19,7 @@ from shoal_common.bus.kv_bucket import Buckets
 from shoal_common.bus.kv_mirror import KvMirror
 from shoal_common.concurrency.backoff import Backoff
 from shoal_common.config import Config, is_loopback
-from shoal_common.errors import InternalError, ShoalError, StageLost, Unavailable, Unsupported, from_body
+from shoal_common.errors import ErrorBody, InternalError, ShoalError, StageLost, Unavailable, Unsupported, from_body
 from shoal_common.host.addresses import non_loopback
 from shoal_common.host.interfaces import InterfaceMonitor
 from shoal_common.identity.node_identity import NodeIdentity
@@ -92,6 +92,10 @@ class StageRunner:
         self._process: StageProcess | None = None
         self._accepting: dict[str, asyncio.Future[Accepted]] = {}
         self._kill_reason: ShoalError | None = None
+        self._fatal: ErrorBody | None = None
+        """Why the process ends, as it has reported."""
+        self._link_error: ErrorBody | None = None
+        """Why the next stage cannot be connected to."""
 
     @property
     def pid(self) -> int | None:
@@ -174,6 +178,7 @@ class StageRunner:
 
     async def _run_process(self) -> None:
         """Start a process and handle its events until it ends. Raises why it ended."""
+        self._fatal = self._link_error = None
         await self._publish_state(phase="loading", error=None, uid=uuid.uuid4().hex[:8])
         spec, stage = self._spec, self._stage
         # The process always ends before its lease does.
@@ -214,8 +219,8 @@ class StageRunner:
                 self._process = None
                 linking.cancel()
         status = await process.wait()
-        if self._state.error is not None:
-            raise from_body(self._state.error)
+        if self._fatal is not None:
+            raise from_body(self._fatal)
         exit_text = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
         raise StageLost(f"stage {stage.rank} of {spec.id} on node {self._config.node} died: {exit_text}")
 
@@ -237,9 +242,15 @@ class StageRunner:
         while True:
             version = self._state_mirror.changes
             states = (s for _, s in self._state_mirror.items(f"stage.{self._spec.id}.", StageState))
-            link = successor_link(
-                self._spec, self._stage.rank, states, self._peer_links.is_usable, self._interfaces.current
-            )
+            link, error = None, None
+            try:
+                link = successor_link(
+                    self._spec, self._stage.rank, states, self._peer_links.is_usable, self._interfaces.current
+                )
+            except Unavailable as e:
+                error = e.body()
+            if error != self._link_error:
+                await self._note_link_error(error)
             if link is not None and link != sent:
                 host, _, port = link.address.rpartition(":")
                 _, hostname = self._peer_links.tls(node, link) or (None, "")
@@ -249,6 +260,18 @@ class StageRunner:
                 )
                 sent = link
             await self._state_mirror.wait_changed(version)
+
+    async def _note_link_error(self, error: ErrorBody | None) -> None:
+        self._link_error = error
+        if error is not None:
+            log.warning(
+                "next stage has no usable link",
+                instance=self._spec.id,
+                rank=self._stage.rank,
+                reason=error.message,
+            )
+        if self._state.phase == "linking":
+            await self._publish_state(error=error)
 
     async def _send(self, process: StageProcess, message: messages.ToChild) -> None:
         try:
@@ -267,7 +290,9 @@ class StageRunner:
             case messages.Loaded():
                 is_only_stage = len(self._spec.stages) == 1
                 await self._publish_state(
-                    phase="ready" if is_only_stage else "linking", weight_bytes=event.weight_bytes, error=None
+                    phase="ready" if is_only_stage else "linking",
+                    weight_bytes=event.weight_bytes,
+                    error=self._link_error,
                 )
                 log.info(
                     "stage loaded",
@@ -289,9 +314,10 @@ class StageRunner:
                     peer_node=peer,
                     reason=reason,
                 )
+                lost = StageLost(f"the connection to stage {rank} on node {peer} is lost: {reason}")
+                await self._publish_state(phase="linking", error=self._link_error or lost.body())
                 if rank < len(self._spec.stages):
                     await self._peer_failures.report(peer, reason)
-                await self._publish_state(phase="linking")
             case messages.RequestAccepted(accepted=accepted):
                 self._accept(accepted)
             case messages.RequestEvent(event=token_event):
@@ -299,7 +325,7 @@ class StageRunner:
             case messages.PassTiming(pass_s=pass_s):
                 self._record_pass_time(pass_s)
             case messages.Fatal(error=error):
-                self._state = structs.replace(self._state, error=error)
+                self._fatal = error
             case _:
                 log.debug("stage event ignored", event=type(event).__name__)
 

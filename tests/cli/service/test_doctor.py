@@ -10,10 +10,11 @@ from nats.js import api
 
 from shoal_cli.node_home import Home
 from shoal_common import VERSION
-from shoal_common.bus.keys import MEMBERS_KEY, liveness_key, stage_key
+from shoal_common.bus.keys import MEMBERS_KEY, instance_key, liveness_key, stage_key
 from shoal_common.bus.streams import stream_configs
+from shoal_common.errors import StageLost
 from shoal_common.host.process_identity import this_process
-from shoal_common.messages.instances import StageState
+from shoal_common.messages.instances import InstanceState, StageState
 from shoal_common.messages.liveness import LivenessRecord, NodeAddress, NodeFacts
 from shoal_common.messages.placement import MembersState
 from tests.cli.doctor_fixtures import (
@@ -143,6 +144,21 @@ def test_a_nats_of_ones_own_with_periodic_sync_is_a_warning(
 # What the nodes say of themselves
 
 
+def test_a_node_that_is_gone_is_named_with_its_instances(home: Home, own_nats: NatsServer) -> None:
+    async def remove_b(here: Joined) -> None:
+        await here.buckets.state.put(MEMBERS_KEY, MembersState(lost_since_s={"a": 0.0, "b": 86400.0}))
+        error = StageLost("node b is down since 1970-01-02T00:00:00+00:00").body()
+        lost = InstanceState(id="i1", repo="o/m", commit="c" * 40, phase="degraded", nodes=["a", "b"], error=error)
+        await here.buckets.state.put(instance_key("i1"), lost)
+
+    put_liveness(own_nats, ("a", "storage", liveness_elsewhere()))
+    assert only_finding(probe(home, own_nats), "nodes").what == "up: a"
+    cluster(own_nats, remove_b)
+    found = {f.about: f for f in findings_about(probe(home, own_nats), "nodes")}
+    assert {f.level for f in found.values()} == {"problem"} and set(found) == {"node b", "i1"}
+    assert "node b is down since 1970-01-02" in found["node b"].what and "i1 cannot answer" in found["i1"].what
+
+
 def test_another_version_of_a_node_is_reported(home: Home, own_nats: NatsServer) -> None:
     same = [("b", "storage", liveness_elsewhere()), ("d", "storage", liveness_elsewhere("third/boot/1"))]
     put_liveness(own_nats, *same, ("c", "storage", liveness_elsewhere(version="7.0.0")))
@@ -229,12 +245,3 @@ def test_a_closed_port_of_another_node_is_reported(home: Home, own_nats: NatsSer
     found = {f.level: f.what for f in findings_about(probe(home, own_nats), "node ports")}
     assert f"TCP {closed_port} of node b (gateway) is closed" in found["warning"]
     assert f"TCP {closed_port} of node b (stage) is closed" in found["problem"]
-
-
-def test_a_node_that_was_lost_is_named_with_since_when(home: Home, own_nats: NatsServer) -> None:
-    async def write(here: Joined) -> None:
-        await here.buckets.state.put(MEMBERS_KEY, MembersState(lost_since_s={"b": time.time() - 300, "a": 0.0}))
-
-    cluster(own_nats, write)
-    found = only_finding(probe(home, own_nats), "members")
-    assert found.level == "warning" and "node b belongs to this cluster and is not live, for 5 min" in found.what

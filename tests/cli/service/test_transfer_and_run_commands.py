@@ -13,9 +13,18 @@ from pathlib import Path
 import pytest
 
 from shoal_cli.cli import run
-from shoal_common.errors import BY_CODE, Denied, HubUnavailable, NoMemory, QuotaExceeded, ShoalError, StageLost
+from shoal_common.errors import (
+    BY_CODE,
+    Denied,
+    HubUnavailable,
+    NodeDown,
+    NoMemory,
+    QuotaExceeded,
+    ShoalError,
+    StageLost,
+)
 from tests.cli.conftest import Node
-from tests.cli.fake_gateway import MODEL, Cluster, download, held, instance
+from tests.cli.fake_gateway import MODEL, Cluster, download, held, instance, lacking
 from tests.cli.unit.test_commands import Capture, one_line
 
 
@@ -191,6 +200,41 @@ def test_run_waits_for_an_instance_that_is_on_its_way(cluster: Cluster, capsys: 
     cluster.instances, cluster.placing = [instance("starting")], [instance("starting"), instance("ready")]
     assert run(["run", MODEL, "hi"]) == 0
     assert cluster.asked("POST", "/v1/instances") == []
+
+
+def test_run_moves_an_instance_whose_node_is_gone(cluster: Cluster, capsys: Capture) -> None:
+    cluster.instances, cluster.placing = [lacking("degraded")], [instance("starting"), instance("ready")]
+    assert run(["run", MODEL, "hi"]) == 0
+    output = capsys.readouterr()
+    assert (
+        output.out == "Blub blub.\n"
+        and "node node-b is down since 1970-01-02T00:00:00+00:00: moving it" in output.err
+    )
+    assert cluster.asked("POST", "/v1/instances/i1/rebalance") == [{}]
+    assert cluster.asked("POST", "/v1/instances") == []
+
+
+def test_run_places_again_what_its_own_constraints_hold(cluster: Cluster, capsys: Capture) -> None:
+    cluster.instances, cluster.placing = [lacking("degraded")], [instance("ready", "i2")]
+    cluster.refuses_once = NoMemory("needs 2 nodes; 1 available")
+    assert run(["run", MODEL, "hi"]) == 0
+    assert cluster.asked("POST", "/v1/instances") == [{"model": MODEL, "wait": False}]
+    assert cluster.asked("POST", "/v1/chat/completions")[0]["model"] == "i2"
+
+
+@pytest.mark.parametrize("command", [["run", MODEL, "hi"], ["place", MODEL]])
+def test_what_cannot_run_without_a_node_fails_and_names_it(
+    cluster: Cluster, capsys: Capture, command: list[str]
+) -> None:
+    cluster.instances, cluster.placing = [lacking("degraded")], [lacking("starting")]
+    assert run(command) == NodeDown.exit_code
+    assert "node node-b is down since 1970-01-02T00:00:00+00:00" in capsys.readouterr().err
+
+
+def test_run_prefers_an_instance_that_lacks_no_node(cluster: Cluster, capsys: Capture) -> None:
+    cluster.instances, cluster.placing = [lacking("degraded"), instance("starting", "i2")], [instance("ready", "i2")]
+    assert run(["run", MODEL, "hi"]) == 0
+    assert cluster.asked("POST", "/v1/instances/i1/rebalance") == []
 
 
 @pytest.mark.parametrize("error", [StageLost("stage 1 is lost"), HubUnavailable("the hub is away")])

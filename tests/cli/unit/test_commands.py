@@ -7,13 +7,14 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 from starlette.applications import Starlette
 
 from shoal_cli.cli import run
-from shoal_common.errors import BY_CODE, BadInput, ShoalError
+from shoal_common.errors import BY_CODE, BadInput, ShoalError, StageLost
 from shoal_common.identity.api_key import ensure_api_key, read_api_key
-from tests.cli.fake_gateway import COMMIT, MODEL, Cluster, download, held, instance
+from tests.cli.fake_gateway import COMMIT, MODEL, Cluster, download, held, instance, lacking
 
 Capture = pytest.CaptureFixture[str]
 
@@ -191,7 +192,18 @@ def test_ls_lists_models_and_shows_how_to_get_one(cluster: Cluster, capsys: Capt
     cluster.models = [held()]
     assert run(["ls"]) == 0
     output = capsys.readouterr().out
-    assert "org/fish" in output and COMMIT[:8] in output and "node-a, node-b" in output
+    assert "org/fish" in output and COMMIT[:8] in output and "node-a, node-b (down)" in output
+
+
+def test_ps_names_the_node_that_is_gone(cluster: Cluster, capsys: Capture) -> None:
+    error = StageLost("node node-b is down since 1970-01-02T00:00:00+00:00").body()
+    cluster.instances = [{**lacking("degraded"), "error": msgspec.to_builtins(error)}, lacking("starting", "i2")]
+    assert run(["ps"]) == 0
+    output = " ".join(capsys.readouterr().out.split())
+    assert (
+        "degraded: node node-b is down since" in output
+        and "starting, node-a linking: no connection to stage 1, node-b down" in output
+    )
 
 
 def test_an_incomplete_model_stays_in_sight(cluster: Cluster, capsys: Capture) -> None:

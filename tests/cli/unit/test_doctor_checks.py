@@ -19,11 +19,11 @@ from shoal_cli.doctor.checks import (
 )
 from shoal_cli.doctor.checks.nats import JetStreamSettings, NatsFacts, NatsServerInfo, StreamStatus
 from shoal_cli.doctor.checks.ports import ExpectedPort, PortListener
-from shoal_cli.doctor.checks.reachability import OsInfo
 from shoal_cli.doctor.checks.services import ServiceFacts, SystemdUnit
 from shoal_cli.doctor.finding import Finding
 from shoal_cli.doctor.probes.local_node import servers_of
 from shoal_cli.doctor.probes.systemd_units import parse
+from shoal_cli.doctor.reachability import OsInfo
 from shoal_cli.node.children.restart_policy import ChildStatus
 from shoal_cli.node.control import SupervisorStatus
 from shoal_common.bus.streams import stream_configs

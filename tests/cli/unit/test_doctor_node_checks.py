@@ -16,9 +16,9 @@ from shoal_cli.doctor.checks import (
     disk,
     duplicate_ids,
     machine,
-    members,
     models,
     nats,
+    nodes,
     peers,
     permissions,
     ports,
@@ -30,8 +30,8 @@ from shoal_cli.doctor.checks.disk import DiskFacts, FileSystemInfo
 from shoal_cli.doctor.checks.machine import MemoryFacts, OpenFiles
 from shoal_cli.doctor.checks.peers import AddressReach, FileserverReach, PortReach
 from shoal_cli.doctor.checks.permissions import PathPermission, PermissionFacts
-from shoal_cli.doctor.checks.reachability import ConnectError, OsInfo
 from shoal_cli.doctor.finding import Finding
+from shoal_cli.doctor.reachability import ConnectError, OsInfo
 from shoal_cli.doctor.run import CHECKS, DoctorReport
 from shoal_common.messages.liveness import ProcessIdentity
 from shoal_common.messages.storage import LibraryState, StorageState, VolumeState
@@ -174,26 +174,27 @@ def test_where_no_stage_listens_a_refusal_is_an_open_way() -> None:
     assert_finding(only(peers.check_ports([], OsInfo())), "ok", "no other node")
 
 
-def members_seen(**more: Any) -> members.MemberFacts:
-    facts = {"node": "a", "members": ["a", "b"], "live": {"a"}, "lost_since_s": {"b": 40.0}, "now_s": 100.0}
-    return members.MemberFacts(**{**facts, **more})
+def nodes_seen(**more: Any) -> list[Finding]:
+    facts = {"node": "a", "members": ["a", "b"], "live": {"a"}, "down_since_s": {"b": 86400.0}}
+    return nodes.check(nodes.NodesFacts(**{**facts, **more}))
 
 
-def test_a_member_that_is_not_live_is_named_with_since_when() -> None:
-    found = only(members.check(members_seen(bind="0.0.0.0", runs_nats=True)))
-    assert_finding(
-        found, "warning", "node b belongs to this cluster and is not live, for 1 min 00 s", "node revoke b"
-    )
-    assert_finding(only(members.check(members_seen(lost_since_s={}))), "warning", "nothing says since when")
-    assert_finding(only(members.check(members_seen(live={"a", "b"}))), "ok", "live: a, b")
-    assert_finding(only(members.check(members_seen(members=[], lost_since_s={}))), "ok", "no cluster of others")
+def test_a_node_that_is_gone_is_named_with_what_lacks_it() -> None:
+    assert_finding(only(nodes_seen()), "warning", "node b is down since 1970-01-02", "shoal node revoke b")
+    assert_finding(only(nodes_seen(down_since_s={})), "warning", "node b is down", "shoal node forget b")
+    assert_finding(only(nodes_seen(live={"a", "b"})), "warning", "node b is down since 1970-01-02")
+    assert_finding(only(nodes_seen(live={"a", "b"}, down_since_s={})), "ok", "up: a, b")
+    assert_finding(only(nodes_seen(members=[], down_since_s={})), "ok", "up: a")
+    node, instance = nodes_seen(lacking={"i1": "node b is down since 1970-01-02T00:00:00+00:00"})
+    assert_finding(node, "problem", "node b is down since 1970-01-02", "shoal node forget b")
+    assert_finding(instance, "problem", "instance i1 cannot answer: node b is down", "shoal rebalance i1")
 
 
 def test_a_first_node_on_loopback_keeps_its_members_out() -> None:
-    found = members.check(members_seen(bind="127.0.0.1", runs_nats=True))
+    found = nodes_seen(bind="127.0.0.1", runs_nats=True)
     assert [f.level for f in found] == ["warning", "problem"]
     assert "listens on 127.0.0.1 only" in found[1].what and "--bind 0.0.0.0" in found[1].remedy
-    assert only(members.check(members_seen(live={"a", "b"}, bind="127.0.0.1", runs_nats=True))).level == "ok"
+    assert only(nodes_seen(live={"a", "b"}, down_since_s={}, bind="127.0.0.1", runs_nats=True)).level == "ok"
 
 
 # Disk
@@ -398,7 +399,7 @@ def test_every_check_has_its_place_in_the_page() -> None:
             duplicate_ids,
             machine,
             models,
-            members,
+            nodes,
             nats,
             peers,
             permissions,

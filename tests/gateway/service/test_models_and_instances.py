@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from shoal_common.bus.keys import liveness_key
-from shoal_common.errors import Corrupt, NoMemory
+from shoal_common.errors import Corrupt, NoMemory, ShoalError, StageLost
 from shoal_common.messages.downloads import DownloadState
-from shoal_common.messages.instances import InstanceState
+from shoal_common.messages.instances import InstancePhase, InstanceState
 from shoal_common.messages.liveness import LivenessRecord, NodeAddress, NodeFacts, ProcessIdentity
 from shoal_common.messages.placement import PlaceCommand, Unplace
 from shoal_common.messages.storage import Delete, StorageState
@@ -135,18 +137,29 @@ async def test_place_without_capacity_is_507_with_every_nodes_figures(gateway: R
     assert error["code"] == "no_room" and error["details"]["nodes"]["a"]["available_bytes"] == 5
 
 
-async def test_place_of_an_instance_that_fails_answers_with_its_error(gateway: RunningGateway) -> None:
+@pytest.mark.parametrize(
+    ("phase", "error"),
+    [
+        ("failed", Corrupt("layer 3 does not match its hash")),
+        ("starting", StageLost("node a is down since 1970-01-02T00:00:00+00:00", down_since_s={"a": 86400.0})),
+    ],
+)
+async def test_place_of_what_cannot_start_answers_with_its_error(
+    gateway: RunningGateway, phase: InstancePhase, error: ShoalError
+) -> None:
     async with cluster(gateway) as c:
 
         async def place(_command: PlaceCommand) -> object:
-            error = Corrupt("layer 3 does not match its hash").body()
-            state = InstanceState(id="i1", repo="org/tiny", commit=COMMIT, phase="failed", nodes=["a"], error=error)
+            state = InstanceState(
+                id="i1", repo="org/tiny", commit=COMMIT, phase=phase, nodes=["a"], error=error.body()
+            )
             await c.write("state", "instance.i1", state)
             return {"instance": "i1"}
 
         await c.worker("placement", "any", "place", PlaceCommand, place)
-        error = error_of(await c.http.post("/v1/instances", json={"model": "org/tiny"}), 502)
-    assert error["code"] == "corrupt" and error["details"]["instance"] == "i1"
+        answer = error_of(await c.http.post("/v1/instances", json={"model": "org/tiny"}), error.http_status)
+    assert (answer["code"], answer["message"]) == (error.code, error.message)
+    assert answer["details"]["instance"] == "i1"
 
 
 async def test_place_without_placement_is_503(gateway: RunningGateway) -> None:

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal_common import VERSION
+from shoal_common.bus.keys import MEMBERS_KEY
+from shoal_common.bus.kv_mirror import KvMirror
 from shoal_common.errors import BY_CODE, ErrorBody, NodeDown, NotFound, StageLost
 from shoal_common.http.errors import BodyTooSlow, CrossOriginForbidden, HeadTooLarge, TooLarge
+from shoal_common.liveness.compatibility import CompatibleLiveMirror
+from shoal_common.messages import encode
 from shoal_common.messages.downloads import DownloadState
 from shoal_common.messages.generation import TokenEvent
 from shoal_common.messages.instances import InstanceSpec, InstanceState, StageSpec, StageState
 from shoal_common.messages.liveness import LivenessRecord, ProcessIdentity
+from shoal_common.messages.placement import MembersState
 from shoal_common.messages.storage import ModelState
 from shoal_gateway.app import ROUTES
-from shoal_gateway.cluster.snapshot import ClusterSnapshot
+from shoal_gateway.cluster.snapshot import ClusterSnapshot, take_snapshot
+from shoal_gateway.cluster.status_view import instance_view
 from shoal_gateway.errors import UnsupportedParameter
 from shoal_gateway.generation.instance_selection import lost_stage_reason, select_instance
 from shoal_gateway.generation.openai import UNSUPPORTED
@@ -155,6 +163,49 @@ def test_stage_of_another_epoch_does_not_answer() -> None:
     assert lost_stage_reason(spec("i", "a", epoch=1), {0: old}, {"a"}) is None
     assert "epoch 1, not 2" in (lost_stage_reason(spec("i", "a", epoch=2), {0: old}, {"a"}) or "")
     assert "not running" in (lost_stage_reason(spec("i", "a"), {}, {"a"}) or "")
+
+
+def test_a_node_that_is_gone_is_named_before_its_neighbour() -> None:
+    linking = StageState(instance="i", rank=0, node="a", epoch=1, phase="linking")
+    ready = StageState(instance="i", rank=1, node="b", epoch=1, phase="ready")
+    reason = lost_stage_reason(spec("i", "a", "b"), {0: linking, 1: ready}, {"a"}, {"b": 86400.0})
+    assert reason == "stage 1 on node b is down: node b is down since 1970-01-02T00:00:00+00:00"
+
+
+def lacking_b(phase: Any) -> ClusterSnapshot:
+    """Return a snapshot of an instance on a and b, in this phase, whose b was killed."""
+    ready = snapshot_of(spec("i", "a", "b"), nodes=("a",))
+    instances = {"i": msgspec.structs.replace(ready.instances["i"], phase=phase)}
+    stages = {"i": {**ready.stages["i"], 0: msgspec.structs.replace(ready.stages["i"][0], phase="linking")}}
+    return msgspec.structs.replace(ready, instances=instances, stages=stages, down_since_s={"b": 86400.0})
+
+
+@pytest.mark.parametrize("phase", ["ready", "degraded", "starting"])
+def test_an_instance_without_a_node_shows_and_says_which(phase: str) -> None:
+    cluster = lacking_b(phase)
+    view = instance_view(cluster, "i")
+    assert view is not None and view.phase == ("starting" if phase == "starting" else "degraded")
+    assert [(s.phase, s.down_since_s) for s in view.stages] == [("linking", None), ("down", 86400.0)]
+    with pytest.raises(StageLost, match="node b is down since 1970-01-02"):
+        select_instance(cluster, "org/m", {})
+
+
+def test_an_outage_of_nats_shows_no_stage_as_down() -> None:
+    view = instance_view(snapshot_of(spec("i", "a", "b"), nodes=("a",)), "i")
+    assert view is not None and view.phase == "ready" and [s.phase for s in view.stages] == ["ready", "ready"]
+
+
+def test_a_lost_node_is_not_live_until_a_service_starts() -> None:
+    state = KvMirror("state")
+    state.replace({MEMBERS_KEY: encode(MembersState(lost_since_s={"a": 0.0, "b": 50.0}))})
+    for started_at_s, lost in ((40.0, {"b": 50.0}), (60.0, {})):
+        holder = ProcessIdentity(uid="u", host="h", pid=1)
+        record = LivenessRecord(holder=holder, version=VERSION, started_at_s=started_at_s)
+        live_mirror = CompatibleLiveMirror()
+        live_mirror.replace({"b.inference": encode(record)})
+        snapshot = take_snapshot(live_mirror, KvMirror("spec"), state)
+        assert snapshot.down_since_s == lost
+        assert snapshot.live_nodes("inference") == ([] if lost else ["b"])
 
 
 def test_ended_downloads_on_down_nodes_hold_no_delete_up() -> None:

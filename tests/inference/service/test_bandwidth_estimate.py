@@ -93,11 +93,29 @@ def test_a_tiny_model_does_not_change_the_bandwidth(pass_bytes: int, pass_s: flo
     speed = BandwidthEstimate(lambda _: pytest.fail("it was kept"))
     speed.start(idle, 0.0)
     speed.add_sample(pass_bytes, pass_s)
-    assert (
-        speed.published_bytes_per_s == 0.0
-        and not is_usable_sample(int(MIN_SAMPLE_S * 800e9) - 1, 800e9)
-        and not is_usable_sample(GIB, 0.0)
+    assert speed.published_bytes_per_s == 0.0 and not is_usable_sample(int(MIN_SAMPLE_S * 800e9) - 1, 800e9)
+
+
+@given(speeds)
+def test_what_ran_corrects_what_was_never_measured(true: float) -> None:
+    kept: list[float] = []
+    speed = BandwidthEstimate(kept.append)
+    speed.add_sample(GIB, GIB / true)
+    assert kept == [], "a configured bandwidth is never corrected"
+    speed.start(0.0, 0.0)
+    speed.add_sample(GIB, GIB / true)
+    assert speed.published_bytes_per_s == pytest.approx(true, rel=0.01)
+    speed.start(true, 0.0)
+    assert speed.published_bytes_per_s == pytest.approx(true, rel=0.01), (
+        "the measurement of the idle machine keeps it"
     )
+
+
+def test_the_first_stage_corrects_the_idle_measurement_at_once() -> None:
+    speed = BandwidthEstimate(lambda _: None)
+    speed.start(IDLE, 0.0)
+    speed.add_sample(GIB, GIB / (IDLE / 3))
+    assert speed.published_bytes_per_s == pytest.approx(IDLE / 3, rel=0.01)
 
 
 def test_a_pass_reads_active_layers_and_the_head_on_the_last() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from msgspec import structs
 
 from shoal_common.bus.keys import instance_key, stage_key
-from shoal_common.errors import NodeDown, NotFound, StageLost
+from shoal_common.errors import NodeDown, NotFound, StageLost, Unavailable
 from shoal_common.identity.peer_links import PeerLinks
 from shoal_common.messages.envelope import Empty
 from shoal_common.messages.generation import Accepted, CancelGenerate, Generate
@@ -86,7 +86,8 @@ def test_I12_a_stage_that_does_not_encrypt_is_not_linked_to(tmp_path: Path) -> N
         return successor_link(spec, 0, [structs.replace(state, links=list(links))], is_usable)
 
     assert linked(plain, encrypted) == encrypted
-    assert linked(plain) is None
+    with pytest.raises(Unavailable, match=r"no address of stage 1 on node b can be used \(10\.0\.0\.1:1\)"):
+        linked(plain)
 
 
 class Service:

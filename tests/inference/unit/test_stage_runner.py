@@ -7,12 +7,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from shoal_common.concurrency.backoff import Backoff
-from shoal_common.errors import ShoalError, StageLost, Unsupported
+from shoal_common.errors import ShoalError, StageLost, Unavailable, Unsupported
 from shoal_common.messages.instances import InstanceSpec, StageSpec, StageState
 from shoal_inference import stage_runner
 from shoal_inference.assignments import Assignment
+from shoal_inference.stage.ipc import messages
 from shoal_inference.stage_runner import StageRunner
 
 ATTEMPTS = 5
@@ -28,6 +30,7 @@ class FailingRunner(StageRunner):
         self.attempts = 0
         self.enough = asyncio.Event()
         self._error = error
+        self.reported: list[str] = []
 
         async def put(_: str, state: StageState) -> None:
             self.published.append(state)
@@ -67,3 +70,23 @@ async def test_a_model_that_is_not_supported_is_tried_once(monkeypatch: pytest.M
     assert runner.attempts == 1
     assert runner.published[-1].phase == "failed"
     assert runner.published[-1].error == Unsupported("its tokenizer aborts").body()
+
+
+async def test_a_lost_neighbour_is_named_until_the_ring_is_closed() -> None:
+    runner = FailingRunner(StageLost("unused"))
+    runner._spec = structs.replace(SPEC, stages=[STAGE, StageSpec(rank=1, node="b", first_layer=2, last_layer=4)])
+
+    async def report(node: str, _: str) -> None:
+        runner.reported.append(node)
+
+    runner._peer_failures = SimpleNamespace(report=report)  # type: ignore[assignment]  # all that is used of it
+    await runner._handle_event(messages.Unlinked(rank=1, reason="connection reset"))
+    lost = runner.published[-1]
+    assert (lost.phase, runner.reported) == ("linking", ["b"])
+    assert lost.error is not None and "stage 1 on node b is lost: connection reset" in lost.error.message
+    unusable = Unavailable("no address of stage 1 on node b can be used").body()
+    await runner._note_link_error(unusable)
+    assert runner.published[-1].error == unusable
+    await runner._handle_event(messages.Linked())
+    linked = runner.published[-1]
+    assert (linked.phase, linked.error) == ("ready", None)

@@ -17,7 +17,12 @@ from shoal_common.bus.keys import MEMBERS_KEY
 from shoal_common.errors import ErrorBody
 from shoal_common.messages.instances import InstanceSpec, InstanceState, StageSpec, StageState
 from shoal_common.messages.placement import Forget, MembersState, PlaceCommand
-from shoal_placement.leader.instance_status import has_become_degraded, instance_status, stages_not_ready
+from shoal_placement.leader.instance_status import (
+    has_become_degraded,
+    instance_status,
+    is_explained,
+    stages_not_ready,
+)
 from shoal_placement.leader.membership import answering_nodes, compare_members
 from tests.harness.nats import NatsServer
 from tests.harness.waiting import eventually
@@ -103,6 +108,16 @@ def test_each_stage_that_is_not_ready_has_its_reason() -> None:
         (2, "rank 2 does not run on c"),
     ]
     assert stages_not_ready(SPEC, [state(r, "ready") for r in range(3)], {"a", "b", "c"}) == []
+
+
+def test_a_stage_that_lost_its_neighbour_explains_nothing() -> None:
+    linking, ready = state(0, "linking", "the connection to stage 1 on node b is lost"), state(1, "ready")
+    stages = [linking, ready, state(2, "ready")]
+    assert not is_explained(stages_not_ready(SPEC, stages, {"a", "b", "c"}), stages)
+    assert is_explained(stages_not_ready(SPEC, stages, {"a", "c"}), stages)
+    assert is_explained(stages_not_ready(SPEC, stages, {"b", "c"}), stages), "a itself is down"
+    stages[1] = state(1, "failed", "out of memory")
+    assert is_explained(stages_not_ready(SPEC, stages, {"a", "b", "c"}), stages)
 
 
 @asynccontextmanager

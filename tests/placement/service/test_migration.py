@@ -7,7 +7,7 @@ from pathlib import Path
 
 from shoal_common.bus.keys import node_key
 from shoal_common.messages.instances import InstanceSpec
-from shoal_common.messages.placement import Drain, Forget, NodeSpec, PlaceCommand
+from shoal_common.messages.placement import Drain, Forget, NodeSpec, PlaceCommand, Rebalance
 from tests.harness.nats import NatsServer
 from tests.harness.waiting import eventually
 from tests.placement.placement_cluster import FOLLOW_DEADLINE_S, INSTANCE_MIB, MODEL, Cluster, cluster_of
@@ -75,6 +75,20 @@ async def test_a_node_that_comes_back_in_time_keeps_its_stage(own_nats: NatsServ
         await c.beat(spec.stages[1].node, 400)
         await c.wait_phase(spec.id, "ready")
         assert await c.spec(spec.id) == spec
+
+
+async def test_a_person_need_not_wait_until_a_node_is_replaced(own_nats: NatsServer, tmp_path: Path) -> None:
+    async with cluster_of(own_nats, tmp_path) as c, c.placement("p-1", **LATE):
+        await asyncio.gather(*(c.beat(n, 400) for n in "abc"), *(c.hold(n) for n in "abc"))
+        spec = await running(c)
+        gone = spec.stages[1].node
+        await c.die(gone)
+        degraded = await c.wait_phase(spec.id, "degraded")
+        assert degraded.error is not None and f"node {gone} is down" in degraded.error.message
+        moved = await c.ask("rebalance", Rebalance(instance=spec.id))
+        assert moved.ok and moved.result["moved"]
+        fresh = await wait_replanned(c, spec)
+        assert gone not in {s.node for s in fresh.stages}
 
 
 async def test_a_drained_node_is_left_and_gets_no_stage_until_undone(own_nats: NatsServer, tmp_path: Path) -> None:

@@ -302,6 +302,21 @@ def test_a_ready_instance_is_degraded_while_a_stage_is_lost() -> None:
     assert status_of(*both, before=degraded).phase == "ready"
 
 
+def test_an_instance_that_lacks_a_node_names_it_and_since_when() -> None:
+    stages, since_s = (stage(0, "linking"), stage(1, "ready")), {"b": 86400.0}
+    for before, phase in ((READY, "degraded"), (None, "starting")):
+        now = instance_status(SPEC, stages, ["a"], before, None, since_s)
+        assert now.phase == phase and now.error is not None
+        assert now.error.message == "node b is down since 1970-01-02T00:00:00+00:00"
+        assert now.error.details == {"down_since_s": {"b": 86400.0}}
+        no_memory = NoMemory("it needs 2 GB", tier="tight").body()
+        stays = instance_status(SPEC, stages, ["a"], before, no_memory, since_s)
+        assert stays.error is not None and stays.error.code == NoMemory.code
+        assert "node b is down since 1970" in stays.error.message and "it needs 2 GB" in stays.error.message
+    unknown = status_of(*stages, live="a", before=READY).error
+    assert unknown is not None and unknown.message == "node b is down"
+
+
 def test_an_instance_whose_stage_fails_has_its_message() -> None:
     failed = status_of(stage(0, "ready"), stage(1, "failed", error=LOST))
     assert (failed.phase, failed.error) == ("failed", LOST)

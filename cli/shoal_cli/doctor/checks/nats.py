@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import msgspec
 from nats.js import api
 
-from shoal_cli.doctor.checks.reachability import ConnectError, OsInfo, connect_remedy, describe
 from shoal_cli.doctor.finding import Finding, join_names, or_ok
+from shoal_cli.doctor.reachability import ConnectError, OsInfo, connect_remedy, describe
 from shoal_common.bus.streams import config_mismatches
 from shoal_common.units import format_bytes
 

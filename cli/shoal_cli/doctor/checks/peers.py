@@ -1,4 +1,4 @@
-"""Whether the fileservers of all nodes can be reached from here. Pure."""
+"""Whether the fileservers and the other ports of all nodes can be reached from here. Pure."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import msgspec
 
-from shoal_cli.doctor.checks.reachability import ConnectError, OsInfo, connect_remedy, describe
 from shoal_cli.doctor.finding import Finding, Level, join_names, or_ok
+from shoal_cli.doctor.reachability import ConnectError, OsInfo, connect_remedy, describe
 from shoal_common.settings.ports import port_ranges
 
 CHECK = "fileservers"

@@ -35,10 +35,10 @@ from shoal_common.errors import BadInput, BadMessage, ShoalError
 from shoal_common.identity.node_identity import CLI, NodeIdentity
 from shoal_common.identity.tls import unverified_context
 from shoal_common.messages import DECODE_ERRORS, decode
-from shoal_common.messages.instances import StageState
+from shoal_common.messages.instances import InstanceState, StageState
 from shoal_common.messages.liveness import LivenessRecord
 from shoal_common.messages.membership import Member
-from shoal_common.messages.placement import MembersState
+from shoal_common.messages.placement import MembersState, NodeState
 from shoal_common.messages.storage import StorageState
 from shoal_common.units import parse_bytes
 
@@ -73,8 +73,10 @@ class ClusterProbe(msgspec.Struct, frozen=True, kw_only=True):
     storage: StorageState | None = None
     stages: list[StageState] = []
     """Of all instances."""
-    lost_since_s: dict[str, float] = {}
-    """By node that has joined: since when it is lost; 0 while it is live."""
+    down_since_s: dict[str, float] = {}
+    """Nodes that are down, as placement's leader has published."""
+    lacking: dict[str, str] = {}
+    """By instance that cannot answer, the reason."""
 
 
 async def probe(
@@ -179,14 +181,16 @@ async def _ask(client: Client, facts: NatsFacts, node: str, run_directory: Path)
     # Of several readings the fastest one is the most precise.
     clocks = [clock for _, clock in answers if clock is not None]
     existing = {str(s.expected.name) for s in streams if s.actual is not None}
+    down_since_s, lacking = await _down(client) if "KV_state" in existing else ({}, {})
     return ClusterProbe(
         facts=facts,
+        down_since_s=down_since_s,
+        lacking=lacking,
         clock=min(clocks, key=lambda c: c.error_s, default=None),
         samples=await _samples(client) if "KV_live" in existing else {},
         certificates=await _certificates(client) if "KV_spec" in existing else {},
         storage=await _storage(client, node) if node and "KV_state" in existing else None,
         stages=await _stages(client) if "KV_state" in existing else [],
-        lost_since_s=await _lost_since_s(client) if "KV_state" in existing else {},
     )
 
 
@@ -249,6 +253,25 @@ async def _certificates(client: Client) -> dict[str, str]:
     return certificates
 
 
+async def _down(client: Client) -> tuple[dict[str, float], dict[str, str]]:
+    """Return the nodes that are down, with since when, and the instances that cannot answer, with the reason."""
+    down_since_s: dict[str, float] = {}
+    lacking: dict[str, str] = {}
+    with suppress(ShoalError, NatsError, TimeoutError):
+        async with asyncio.timeout(_ANSWER_TIMEOUT_S):
+            state = Buckets(client.jetstream(timeout=_ANSWER_TIMEOUT_S)).state
+            members = await state.get_as(MEMBERS_KEY, MembersState) or MembersState()
+            for key in await state.keys("node.*"):
+                if node := await state.get_as(key, NodeState):
+                    down_since_s[node.node] = node.down_since_s
+            down_since_s |= {node: since_s for node, since_s in members.lost_since_s.items() if since_s > 0}
+            for key in await state.keys("instance.*"):
+                instance = await state.get_as(key, InstanceState)
+                if instance is not None and instance.phase in ("degraded", "failed"):
+                    lacking[instance.id] = instance.error.message if instance.error else f"it is {instance.phase}"
+    return down_since_s, lacking
+
+
 async def _storage(client: Client, node: str) -> StorageState | None:
     with suppress(ShoalError, NatsError, TimeoutError):
         async with asyncio.timeout(_ANSWER_TIMEOUT_S):
@@ -266,15 +289,6 @@ async def _stages(client: Client) -> list[StageState]:
                 if stage := await bucket.get_as(key, StageState):
                     stages.append(stage)
     return stages
-
-
-async def _lost_since_s(client: Client) -> dict[str, float]:
-    with suppress(ShoalError, NatsError, TimeoutError):
-        async with asyncio.timeout(_ANSWER_TIMEOUT_S):
-            bucket = Buckets(client.jetstream(timeout=_ANSWER_TIMEOUT_S)).state
-            if members := await bucket.get_as(MEMBERS_KEY, MembersState):
-                return members.lost_since_s
-    return {}
 
 
 async def _settings(run_directory: Path, servers: Sequence[NatsServerInfo]) -> JetStreamSettings | None:

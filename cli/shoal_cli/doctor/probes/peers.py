@@ -13,10 +13,10 @@ import msgspec
 
 from shoal_cli.doctor.checks.clocks import ClockOffset
 from shoal_cli.doctor.checks.peers import AddressReach, FileserverReach, PortReach
-from shoal_cli.doctor.checks.reachability import OsInfo
 from shoal_cli.doctor.probes.local_node import LocalNode
 from shoal_cli.doctor.probes.nats import LivenessSample
 from shoal_cli.doctor.probes.tcp_connect import classify_connect_error, connect
+from shoal_cli.doctor.reachability import OsInfo
 from shoal_common.bus import cluster_clock
 from shoal_common.errors import Denied
 from shoal_common.host.addresses import filter_reachable, reachable_addresses, sort_by_preference

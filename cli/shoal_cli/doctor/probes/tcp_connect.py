@@ -9,8 +9,8 @@ import socket
 import ssl
 import sys
 
-from shoal_cli.doctor.checks.reachability import ConnectError, OsInfo
 from shoal_cli.doctor.probes.timeouts import resolve_host
+from shoal_cli.doctor.reachability import ConnectError, OsInfo
 from shoal_common.host.interfaces import read_interfaces
 
 _NO_ROUTE = (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EADDRNOTAVAIL)

@@ -11,6 +11,13 @@ from shoal_common.errors import NodeDown
 from shoal_common.messages.placement import NodeState
 
 
+def down_text(node: str, since_s: float) -> str:
+    """Return that a node is down, for people, with the time where it is known (not 0)."""
+    if not since_s:
+        return f"node {node} is down"
+    return f"node {node} is down since {datetime.fromtimestamp(since_s, UTC).isoformat(timespec='seconds')}"
+
+
 async def is_live(buckets: Buckets, service: str, node: str) -> bool:
     """Return whether this service has a key in `live`, on this node or on `any`. Raises Unavailable."""
     if node != ANY:
@@ -27,9 +34,8 @@ async def node_down_error(buckets: Buckets, service: str, node: str, verb: str) 
         return NodeDown(f"{verb} was not run: no node runs {service}; start one with `shoal up`")
     state = await buckets.state.get_as(node_key(node), NodeState)
     if state is not None:
-        since = datetime.fromtimestamp(state.down_since_s, UTC).isoformat(timespec="seconds")
         return NodeDown(
-            f"{_not_done(verb, node)}: the node is down since {since}; bring it back with `shoal up` there "
+            f"{_not_done(verb, node)}: {down_text(node, state.down_since_s)}; bring it back with `shoal up` there "
             "and send it again",
             node=node,
             down_since_s=state.down_since_s,

@@ -107,7 +107,7 @@ class StageState(WireStruct):
     weight_bytes: int = 0
     """Bytes of its layers' tensors, once they are loaded."""
     error: ErrorBody | None = None
-    """Why the stage failed."""
+    """Why the stage failed, or, while it is `linking`, why it has no link to a neighbour."""
     uid: str = ""
     """Random id of this incarnation of the stage's process."""
 
@@ -131,4 +131,4 @@ class InstanceState(WireStruct):
     epoch: int = 1
     """Number of the current layout."""
     error: ErrorBody | None = None
-    """Why it is degraded or failed."""
+    """Why it is degraded, failed or cannot start. Its details have `down_since_s`, by node, where nodes are down."""

@@ -99,7 +99,8 @@ class DownloadView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StageView(msgspec.Struct, frozen=True, kw_only=True):
-    """A stage: its placement and its published state. `phase` is None until its node has published one."""
+    """A stage: its placement and its published state. `phase` is None until its node has published one, and `down`
+    while its node is down, whatever that has published."""
 
     rank: int
     node: str
@@ -110,6 +111,8 @@ class StageView(msgspec.Struct, frozen=True, kw_only=True):
     address: str = ""
     weight_bytes: int = 0
     error: ErrorBody | None = None
+    down_since_s: float | None = None
+    """Unix time at which its node was found to be down; None while it is up, or where that is not known."""
 
 
 class InstanceView(msgspec.Struct, frozen=True, kw_only=True):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import msgspec
 
+from shoal_common.bus.keys import MEMBERS_KEY
 from shoal_common.bus.kv_mirror import KvMirror
 from shoal_common.liveness.compatibility import CompatibleLiveMirror
 from shoal_common.messages.downloads import DownloadState
 from shoal_common.messages.instances import InstanceSpec, InstanceState, StageState
 from shoal_common.messages.liveness import LivenessRecord
-from shoal_common.messages.placement import NodeSpec, NodeState
+from shoal_common.messages.placement import MembersState, NodeSpec, NodeState
 from shoal_common.messages.storage import ModelState, ShardState, StorageState
 
 
@@ -17,7 +20,7 @@ class ClusterSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     """The cluster at one moment."""
 
     live: dict[str, dict[str, LivenessRecord]] = {}
-    """By node, then by service."""
+    """By node, then by service; without nodes that do not answer."""
     other_versions: dict[str, dict[str, str]] = {}
     """Services of another major version, which this node ignores: by node, then by service."""
     storages: dict[str, StorageState] = {}
@@ -28,7 +31,7 @@ class ClusterSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     instances: dict[str, InstanceState] = {}
     stages: dict[str, dict[int, StageState]] = {}
     """By instance, then by rank."""
-    down_nodes: dict[str, NodeState] = {}
+    down_since_s: dict[str, float] = {}
     """Nodes that are down, as the leader has published."""
     drained: frozenset[str] = frozenset()
     """Nodes on which nothing may be placed."""
@@ -57,8 +60,10 @@ def take_snapshot(live: CompatibleLiveMirror, spec: KvMirror, state: KvMirror) -
         others.setdefault(node, {})[service] = other.version
     # This node cannot use what an incompatible storage holds.
     incompatible = {node for node, services in others.items() if "storage" in services}
+    lost_since_s = nodes_lost(by_node, state)
+    found_down_s = {s.node: s.down_since_s for _, s in state.items("node.", NodeState) if s.node not in by_node}
     return ClusterSnapshot(
-        live=by_node,
+        live={node: services for node, services in by_node.items() if node not in lost_since_s},
         other_versions=others,
         storages={s.node: s for _, s in state.items("storage.", StorageState)},
         downloads=[d for _, d in state.items("download.", DownloadState)],
@@ -67,6 +72,20 @@ def take_snapshot(live: CompatibleLiveMirror, spec: KvMirror, state: KvMirror) -
         specs={s.id: s for _, s in spec.items("instance.", InstanceSpec)},
         instances={i.id: i for _, i in state.items("instance.", InstanceState)},
         stages=stages,
-        down_nodes={s.node: s for _, s in state.items("node.", NodeState)},
+        down_since_s={**found_down_s, **lost_since_s},
         drained=frozenset(s.node for _, s in spec.items("node.", NodeSpec)),
     )
+
+
+def nodes_lost(live: Mapping[str, Mapping[str, LivenessRecord]], state: KvMirror) -> dict[str, float]:
+    """Return the nodes that the leader has found lost, with since when.
+
+    `live`: by node, then by service. Keys of a node that does not answer expire later; a service that has started
+    since shows that the node is back.
+    """
+    members = state.get(MEMBERS_KEY, MembersState) or MembersState()
+    return {
+        node: since_s
+        for node, since_s in members.lost_since_s.items()
+        if since_s > 0 and all(record.started_at_s <= since_s for record in live.get(node, {}).values())
+    }

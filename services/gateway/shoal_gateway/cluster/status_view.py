@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import msgspec
 
 from shoal_common.host.addresses import reachable_addresses
@@ -57,7 +59,7 @@ def status_view(
 
 def known_nodes(snapshot: ClusterSnapshot) -> list[str]:
     """Return every node that is live or that `state` or `spec` names, sorted."""
-    names = {*snapshot.live, *snapshot.storages, *snapshot.other_versions}
+    names = {*snapshot.live, *snapshot.storages, *snapshot.other_versions, *snapshot.down_since_s}
     names |= {d.node for d in snapshot.downloads} | {m.node for m in snapshot.models}
     names |= {p.node for p in snapshot.shards}
     names |= {s.node for spec in snapshot.specs.values() for s in spec.stages}
@@ -78,7 +80,7 @@ def _node_view(snapshot: ClusterSnapshot, node: str, now_s: float, place: LocalN
     return NodeView(
         node=node,
         live=bool(services),
-        down_since_s=snapshot.down_nodes[node].down_since_s if not services and node in snapshot.down_nodes else None,
+        down_since_s=snapshot.down_since_s.get(node),
         drained=node in snapshot.drained,
         services={
             name: ServiceView(
@@ -178,13 +180,21 @@ def instance_view(snapshot: ClusterSnapshot, instance: str) -> InstanceView | No
         return None
     planned = {s.rank: s for s in spec.stages} if spec else {}
     actual = snapshot.stages.get(instance, {})
+    # The state of an earlier layout does not apply to this one.
+    phase = state.phase if state and state.epoch >= known.epoch else "starting"
+    live = snapshot.live_nodes("inference")
+    # Right after an outage of NATS a missing key proves nothing: the leader decides.
+    down = {
+        s.node
+        for s in planned.values()
+        if s.node in snapshot.down_since_s or (phase != "ready" and s.node not in live)
+    }
     return InstanceView(
         id=instance,
         model=model_id(known.repo, known.commit),
         repo=known.repo,
         commit=known.commit,
-        # The state of an earlier layout does not apply to this one.
-        phase=state.phase if state and state.epoch >= known.epoch else "starting",
+        phase="degraded" if down and phase == "ready" else phase,
         nodes=[s.node for s in spec.stages] if spec else (state.nodes if state else []),
         epoch=known.epoch,
         context_tokens=spec.context_tokens if spec else 0,
@@ -192,19 +202,27 @@ def instance_view(snapshot: ClusterSnapshot, instance: str) -> InstanceView | No
         tier=spec.tier if spec else "fits",
         is_low_memory=spec is not None and spec.tier != "fits",
         error=state.error if state else None,
-        stages=[_stage_view(planned.get(rank), actual.get(rank), rank) for rank in sorted({*planned, *actual})],
+        stages=[
+            _stage_view(snapshot, planned.get(rank), actual.get(rank), rank, down)
+            for rank in sorted({*planned, *actual})
+        ],
     )
 
 
-def _stage_view(plan: StageSpec | None, stage: StageState | None, rank: int) -> StageView:
+def _stage_view(
+    snapshot: ClusterSnapshot, plan: StageSpec | None, stage: StageState | None, rank: int, down: Collection[str]
+) -> StageView:
+    node = plan.node if plan else (stage.node if stage else "")
+    phase = stage.phase if stage else None
     return StageView(
         rank=rank,
-        node=plan.node if plan else (stage.node if stage else ""),
+        node=node,
         first_layer=plan.first_layer if plan else None,
         last_layer=plan.last_layer if plan else None,
-        phase=stage.phase if stage else None,
+        phase="down" if node in down else phase,
         epoch=stage.epoch if stage else 0,
         address=stage.address if stage else "",
         weight_bytes=stage.weight_bytes if stage else 0,
         error=stage.error if stage else None,
+        down_since_s=snapshot.down_since_s.get(node),
     )

@@ -20,6 +20,7 @@ from shoal_common.messages.envelope import Empty
 from shoal_common.messages.generation import Accepted, CancelGenerate, Generate, TokenEvent
 from shoal_common.messages.instances import InstanceSpec, StageState
 from shoal_common.messages.liveness import LivenessRecord
+from shoal_gateway.cluster.snapshot import nodes_lost
 from shoal_gateway.context import GatewayContext
 from shoal_gateway.generation.instance_selection import lost_stage_reason
 from shoal_gateway.generation.token_stream import TokenReorderBuffer
@@ -207,8 +208,14 @@ async def _until_stage_lost(gateway: GatewayContext, spec: InstanceSpec) -> Stag
 
     def lost_reason() -> str | None:
         stages = {s.rank: gateway.state.get(stage_key(spec.id, s.rank), StageState) for s in spec.stages}
-        live = [s.node for s in spec.stages if gateway.live.get(liveness_key(s.node, "inference"), LivenessRecord)]
-        return lost_stage_reason(spec, {rank: s for rank, s in stages.items() if s is not None}, live)
+        live = {
+            s.node: {"inference": record}
+            for s in spec.stages
+            if (record := gateway.live.get(liveness_key(s.node, "inference"), LivenessRecord)) is not None
+        }
+        lost_s = nodes_lost(live, gateway.state)
+        present = live.keys() - lost_s.keys()
+        return lost_stage_reason(spec, {rank: s for rank, s in stages.items() if s is not None}, present, lost_s)
 
     while True:
         versions = (gateway.state.changes, gateway.live.changes)

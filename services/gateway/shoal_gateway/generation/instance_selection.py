@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from shoal_common.errors import BadName, NotFound, ShoalError, StageLost, Unavailable, from_body
+from shoal_common.liveness.availability import down_text
 from shoal_common.messages.instances import InstanceSpec, StageState
 from shoal_common.names import ModelRef
 from shoal_gateway.cluster.openai_models import names_model, resolve_commit
@@ -12,14 +13,25 @@ from shoal_gateway.cluster.snapshot import ClusterSnapshot
 
 
 def lost_stage_reason(
-    spec: InstanceSpec, stages: Mapping[int, StageState], live_nodes: Collection[str]
+    spec: InstanceSpec,
+    stages: Mapping[int, StageState],
+    live_nodes: Collection[str],
+    down_since_s: Mapping[str, float] = {},
 ) -> str | None:
-    """Return why the first stage that cannot answer cannot; None when all can."""
+    """Return why the first stage that cannot answer cannot; None when all can.
+
+    A node that is gone comes first: its neighbours lose their links and are not the cause. `down_since_s`: by node
+    that is down.
+    """
+    down = [s for s in spec.stages if s.node not in live_nodes]
+    if down:
+        stage_name, since_s = f"stage {down[0].rank} on node {down[0].node}", down_since_s.get(down[0].node)
+        if since_s is None:
+            return f"{stage_name} is down: its inference service does not answer"
+        return f"{stage_name} is down: {down_text(down[0].node, since_s)}"
     for planned in spec.stages:
         stage = stages.get(planned.rank)
         stage_name = f"stage {planned.rank} on node {planned.node}"
-        if planned.node not in live_nodes:
-            return f"{stage_name} is down: its inference service does not answer"
         if stage is None:
             return f"{stage_name} is not running"
         if stage.epoch != spec.epoch:
@@ -77,10 +89,10 @@ def _candidates(snapshot: ClusterSnapshot, name: str) -> list[InstanceSpec]:
 def _unusable_reason(snapshot: ClusterSnapshot, spec: InstanceSpec, live_nodes: Collection[str]) -> ShoalError | None:
     state = snapshot.instances.get(spec.id)
     phase = state.phase if state else "starting"
-    if phase == "ready":
-        lost = lost_stage_reason(spec, snapshot.stages.get(spec.id, {}), live_nodes)
-        if lost is None:
-            return None
+    lost = lost_stage_reason(spec, snapshot.stages.get(spec.id, {}), live_nodes, snapshot.down_since_s)
+    if phase == "ready" and lost is None:
+        return None
+    if lost is not None and (phase == "ready" or any(s.node not in live_nodes for s in spec.stages)):
         return StageLost(f"instance {spec.id} of {spec.repo} cannot answer: {lost}; try again in a moment")
     if phase == "failed":
         reason = from_body(state.error).message if state and state.error else "see `shoal logs`"
@@ -88,4 +100,7 @@ def _unusable_reason(snapshot: ClusterSnapshot, spec: InstanceSpec, live_nodes: 
             f"instance {spec.id} of {spec.repo} has failed: {reason}; "
             f"restart it with `shoal stop {spec.id}` and `shoal run {spec.repo}`"
         )
-    return Unavailable(f"instance {spec.id} of {spec.repo} is {phase}; try again in a moment, or see `shoal ps`")
+    reason = f" ({lost})" if lost is not None else ""
+    return Unavailable(
+        f"instance {spec.id} of {spec.repo} is {phase}{reason}; try again in a moment, or see `shoal ps`"
+    )

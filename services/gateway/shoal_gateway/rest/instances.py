@@ -115,7 +115,10 @@ async def _place(gateway: GatewayContext, command: PlaceCommand, wait: bool) -> 
 async def _until_ready(gateway: GatewayContext, placed: str) -> None:
     def ready_or_failed(state: KvMirror) -> InstanceState | None:
         now = state.get(instance_key(placed), InstanceState)
-        return now if now is not None and now.phase in ("ready", "failed") else None
+        if now is None:
+            return None
+        lacks_node = now.error is not None and "down_since_s" in now.error.details
+        return now if now.phase in ("ready", "failed") or lacks_node else None
 
     deadline_s = gateway.settings.timeouts.place_s
     state = await gateway.state.wait_for(ready_or_failed, deadline_s)
@@ -127,7 +130,7 @@ async def _until_ready(gateway: GatewayContext, placed: str) -> None:
             f"or stop it with `shoal stop {placed}`",
             instance=placed,
         )
-    if state.phase == "failed":
+    if state.phase != "ready":
         error = (
             from_body(state.error) if state.error else InternalError(f"instance {placed} failed; see `shoal logs`")
         )

@@ -8,6 +8,7 @@ passes are alike: so only stages count that read so much that the overhead is sm
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from shoal_common.messages.model_shape import ModelShape
@@ -31,14 +32,16 @@ def bytes_read_per_token(shape: ModelShape, first_layer: int, last_layer: int) -
 
 
 def is_usable_sample(pass_bytes: int, idle_bytes_per_s: float) -> bool:
-    """Return whether a pass reads enough to show the bandwidth."""
-    return idle_bytes_per_s > 0 and pass_bytes >= max(MIN_SAMPLE_BYTES, MIN_SAMPLE_S * idle_bytes_per_s)
+    """Return whether a pass reads enough to show the bandwidth. `idle_bytes_per_s`: 0 if it is not measured yet."""
+    return pass_bytes >= max(MIN_SAMPLE_BYTES, MIN_SAMPLE_S * idle_bytes_per_s)
 
 
 def update_estimate(estimate: float, sample: float, idle_bytes_per_s: float) -> float:
-    """Return the estimate after one more sample. `known`: the estimate before, the idle bandwidth at first."""
-    slowest, fastest = idle_bytes_per_s / MAX_DEVIATION_FACTOR, idle_bytes_per_s * MAX_DEVIATION_FACTOR
-    return min(max(estimate + SAMPLE_WEIGHT * (min(sample, fastest) - estimate), slowest), fastest)
+    """Return the estimate after one more sample. `estimate`: the one before; 0: none, the sample is taken whole."""
+    slowest = idle_bytes_per_s / MAX_DEVIATION_FACTOR
+    fastest = idle_bytes_per_s * MAX_DEVIATION_FACTOR or math.inf
+    weight = SAMPLE_WEIGHT if estimate else 1.0
+    return min(max(estimate + weight * (min(sample, fastest) - estimate), slowest), fastest)
 
 
 def is_significant(published: float, now: float) -> bool:
@@ -51,17 +54,19 @@ class BandwidthEstimate:
 
     def __init__(self, save: Callable[[float], None]) -> None:
         self._save = save
-        self._idle, self._estimate = 0.0, 0.0
+        self._idle, self._estimate, self._started = 0.0, 0.0, False
         self.published_bytes_per_s = 0.0
 
     def start(self, idle_bytes_per_s: float, saved_bytes_per_s: float) -> None:
-        """Start from the idle bandwidth (0: estimate nothing) and the estimate saved before (0: none)."""
-        self._idle, self.published_bytes_per_s = idle_bytes_per_s, saved_bytes_per_s
-        self._estimate = saved_bytes_per_s or idle_bytes_per_s
+        """Estimate from now on. `idle_bytes_per_s`: 0 where it is not measured; `saved_bytes_per_s`: the estimate
+        saved before, 0: none. Started again once the idle bandwidth is known, it keeps what stages have shown."""
+        self._idle, self._started = idle_bytes_per_s, True
+        self._estimate = self._estimate or saved_bytes_per_s
+        self.published_bytes_per_s = self.published_bytes_per_s or saved_bytes_per_s
 
     def add_sample(self, pass_bytes: int, pass_s: float) -> None:
         """Add a sample: passes of a stage that read `pass_bytes` took `pass_s` in the median."""
-        if pass_s <= 0 or not is_usable_sample(pass_bytes, self._idle):
+        if not self._started or pass_s <= 0 or not is_usable_sample(pass_bytes, self._idle):
             return
         self._estimate = update_estimate(self._estimate, pass_bytes / pass_s, self._idle)
         if is_significant(self.published_bytes_per_s or self._idle, self._estimate):

@@ -64,6 +64,11 @@ def read_cached_device(home: Path, machine: str) -> Device | None:
     return None if cached is None else cached.device
 
 
+def has_to_be_measured(home: Path) -> bool:
+    """Return whether no measurement of this machine while it was idle is kept. Reads a file."""
+    return read_cached_device(home, machine_fingerprint()) is None
+
+
 def read_observed_bandwidth(home: Path) -> float:
     """Return the bandwidth that stages showed on this machine before; 0: none."""
     cached = _read(home, machine_fingerprint())

@@ -180,9 +180,11 @@ class PlacementService:
             if spec is None:
                 raise NotFound(f"there is no instance {name}: `shoal ps` lists the instances")
             cluster = self._cluster_facts()
-            if not layout and (proposal := await asyncio.to_thread(best_rebalance, spec, cluster)) is not None:
-                layout = proposal.proposed.layout
-            if layout in ("", layout_name(spec.stages)):
+            has_lost_node = not {stage.node for stage in spec.stages} <= cluster.inference_facts.keys()
+            if not layout and not has_lost_node:
+                proposal = await asyncio.to_thread(best_rebalance, spec, cluster)
+                layout = "" if proposal is None else proposal.proposed.layout
+            if layout == layout_name(spec.stages) or not (layout or has_lost_node):
                 return {"instance": name, "moved": False, "epoch": spec.epoch}
             replanned = await asyncio.to_thread(replan, spec, cluster, layout)
             await self._migrator.publish_layout(replanned, "requested by a person", self._writes)

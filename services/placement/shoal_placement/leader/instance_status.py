@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Mapping, Set
 
-from shoal_common.errors import ErrorBody, NoMemory
+import msgspec
+
+from shoal_common.errors import ErrorBody, NoMemory, StageLost
+from shoal_common.liveness.availability import down_text
 from shoal_common.messages.instances import InstanceSpec, InstanceState, StageSpec, StageState
 
 
@@ -14,26 +17,28 @@ def instance_status(
     live: Iterable[str],
     before: InstanceState | None,
     stays_because: ErrorBody | None = None,
+    down_since_s: Mapping[str, float] = {},
 ) -> InstanceState:
     """Return the state of an instance: ready when all stages are; degraded when it was ready and a stage is not.
 
     A forced stage that was killed on OOM is not started again, so its instance is failed even if it was ready before.
-    `stays_because`: why an instance that should move to other nodes cannot.
+    `stays_because`: why an instance that should move to other nodes cannot. `down_since_s`: by node that is down.
     """
     present = set(live)
     own = _own_stages(spec, stages)
     ready = [s.rank for s in spec.stages if s.rank in own and own[s.rank].phase == "ready" and s.node in present]
     failed = [own[s.rank].error for s in spec.stages if s.rank in own and own[s.rank].phase == "failed"]
     oom_killed = any(error is not None and error.code == NoMemory.code for error in failed)
+    waiting_for = _node_down_error(spec, present, stays_because, down_since_s)
     was_up = before is not None and before.epoch == spec.epoch and before.phase in ("ready", "degraded")
     if len(ready) == len(spec.stages):
         phase, error = "ready", None
     elif was_up and not oom_killed:
-        phase, error = "degraded", next((e for e in failed if e is not None), stays_because)
+        phase, error = "degraded", next((e for e in failed if e is not None), waiting_for)
     elif failed:
         phase, error = "failed", next((e for e in failed if e is not None), None)
     else:
-        phase, error = "starting", stays_because
+        phase, error = "starting", waiting_for
     return InstanceState(
         id=spec.id,
         repo=spec.repo,
@@ -45,10 +50,33 @@ def instance_status(
     )
 
 
+def _node_down_error(
+    spec: InstanceSpec, present: Set[str], stays_because: ErrorBody | None, down_since_s: Mapping[str, float]
+) -> ErrorBody | None:
+    """Return the error that names the instance's nodes that are down; `stays_because` if none is."""
+    down = {node: down_since_s.get(node, 0.0) for node in sorted({s.node for s in spec.stages} - present)}
+    if not down:
+        return stays_because
+    text = ", ".join(down_text(node, since_s) for node, since_s in down.items())
+    if stays_because is None:
+        return StageLost(text, down_since_s=down).body()
+    message = f"{text}; the instance cannot move: {stays_because.message}"
+    details = {**stays_because.details, "down_since_s": down}
+    return msgspec.structs.replace(stays_because, message=message, details=details)
+
+
 def has_become_degraded(before: InstanceState | None, now: InstanceState) -> bool:
     """Return whether an instance has become degraded since `before` was published."""
     was_degraded = before is not None and before.phase == "degraded" and before.epoch == now.epoch
     return now.phase == "degraded" and not was_degraded
+
+
+def is_explained(missing: Iterable[tuple[StageSpec, str]], stages: Iterable[StageState]) -> bool:
+    """Return whether a stage that is not ready is the cause, and not only one that has lost its neighbour."""
+    linking = {(s.rank, s.node) for s in stages if s.phase == "linking"}
+    return any(
+        f"node {stage.node} is down" == reason or (stage.rank, stage.node) not in linking for stage, reason in missing
+    )
 
 
 def stages_not_ready(spec: InstanceSpec, stages: Iterable[StageState], live: Set[str]) -> list[tuple[StageSpec, str]]:
