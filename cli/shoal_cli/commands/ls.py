@@ -10,7 +10,7 @@ import typer
 from shoal_cli.api.schema import JsonObject
 from shoal_cli.cli_context import CliContext
 from shoal_cli.command_app import CommandHelp, new_app
-from shoal_cli.commands.options import GatewayOption, HomeOption, JsonOption
+from shoal_cli.commands.options import GatewayOption, HomeOption, JsonOption, QuietOption
 from shoal_common.messages.placement import FittingModels
 from shoal_common.messages.views import StatusView
 
@@ -28,6 +28,7 @@ def ls(
     fits: Annotated[
         bool, typer.Option("--fits", help="also show which could be placed now, the largest first")
     ] = False,
+    quiet: QuietOption = False,
     as_json: JsonOption = False,
     gateway: GatewayOption = "",
     home: HomeOption = "",
@@ -42,8 +43,12 @@ def ls(
     if cli.as_json:
         return cli.print_json({"models": answer.get("models", [])})
     held = msgspec.convert(answer, StatusView).models
+    if quiet:
+        for repo in dict.fromkeys(model.repo for model in held):
+            cli.print(repo)
+        return 0
     if held:
-        cli.out.print(models_table(held), crop=False)
+        cli.draw(models_table(held))
     else:
         cli.print("no node holds a model yet: `shoal pull org/name` downloads one")
     return 0

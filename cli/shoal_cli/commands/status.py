@@ -37,7 +37,7 @@ def status(
 
     from shoal_cli.render.tables import render_status  # noqa: PLC0415
 
-    cli.out.print(render_status(msgspec.convert(answer, StatusView)))
+    cli.draw(render_status(msgspec.convert(answer, StatusView)))
     return 0
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -20,12 +21,23 @@ from shoal_common.units import format_bytes, format_duration
 _PHASE_STYLES = {"ready": "green", "starting": "yellow", "degraded": "yellow", "failed": "red"}
 _TIER_STYLES = {"fits": "green", "tight": "yellow", "force": "red"}
 _MAX_VERSION_CHARS = 40
+_UNLIMITED = 1 << 20
+"""Characters of a line: no limit."""
 _LINKS = {"thunderbolt": "Thunderbolt", "ethernet": "Ethernet", "wifi": "Wi-Fi", "virtual": "a tunnel"}
 """How this node reaches another; nothing is shown for one on the same machine."""
 
 
+class WholeWords(Table):
+    """A table that breaks no word, such as an id: it becomes wider than the terminal instead."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Draw it as wide as its longest words need."""
+        needed = Measurement.get(console, options.update(max_width=_UNLIMITED), self).minimum
+        return super().__rich_console__(console, options.update(width=max(options.max_width, needed)))
+
+
 def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")
+    table = WholeWords(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")
     for name in columns:
         right = name in ("size", "used", "free", "memory", "headroom")
         table.add_column(name, justify="right" if right else "left", overflow="fold")
