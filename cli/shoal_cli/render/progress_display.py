@@ -54,13 +54,12 @@ class ProgressBars(AbstractContextManager["ProgressBars"]):
 
     def show(self, state: DownloadView, before: dict[str, int]) -> None:
         """Move the node's bar."""
-        if state.node not in self._bars:
-            self._bars[state.node] = self._progress.add_task(state.node, total=100, text=Text())
-        self._progress.update(
-            self._bars[state.node],
-            completed=percent(state),
-            text=Text.assemble(("  ".join(figures(state)), "dim"), "  ", activity(state, before)),
-        )
+        # Not markup: it has names of peers and messages.
+        text = Text.assemble(("  ".join(figures(state)), "dim"), "  ", activity(state, before))
+        if state.node in self._bars:
+            self._progress.update(self._bars[state.node], completed=percent(state), text=text)
+        else:
+            self._bars[state.node] = self._progress.add_task(state.node, completed=percent(state), text=text)
 
 
 class ProgressLines(AbstractContextManager["ProgressLines"]):

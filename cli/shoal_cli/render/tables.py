@@ -31,8 +31,13 @@ class WholeWords(Table):
     """A table that breaks no word, such as an id: it becomes wider than the terminal instead."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Draw it as wide as its longest words need."""
-        needed = Measurement.get(console, options.update(max_width=_UNLIMITED), self).minimum
+        """Draw it at least as wide as its longest words need; columns of single words keep their width."""
+        unlimited = options.update(max_width=_UNLIMITED)
+        for column in self.columns:
+            cells = [Measurement.get(console, unlimited, cell) for cell in (column.header, *column.cells)]
+            column.min_width = max(cell.minimum for cell in cells)
+            column.no_wrap = column.min_width == max(cell.maximum for cell in cells)
+        needed = Measurement.get(console, unlimited, self).minimum
         return super().__rich_console__(console, options.update(width=max(options.max_width, needed)))
 
 
@@ -153,7 +158,6 @@ def instances_table(instances: list[InstanceView]) -> RenderableType:
 def previews_table(answer: Previews) -> RenderableType:
     """Return the possible layouts, the best first."""
     table = _table("layout", "memory", "tokens/s", "first token", "to download", "memory needed / free")
-    table.columns[0].no_wrap = True  # it is there to be copied
     for p in answer.previews:
         stages = ", ".join(
             f"{s.node} {format_bytes(s.needed_bytes)} / {format_bytes(s.available_bytes)}"
