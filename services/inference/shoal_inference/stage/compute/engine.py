@@ -199,7 +199,7 @@ class Engine:
         return len(self._sessions), mx.get_active_memory(), mx.get_peak_memory()
 
     def _sample(self, shard: LoadedShard, answer: _Sampler, h: mx.array) -> TokenEvent:
-        if answer.ask.temperature > 0:
+        if not mlx_lm_adapter.is_greedy(answer.ask.temperature, answer.ask.top_p):
             # mlx-lm samples from the global state; requests interleave, so it is set for each token.
             mx.random.seed(step_seed(answer.ask.seed, answer.index))
         token: Any = answer.sampler(shard.log_probabilities(h)).item()

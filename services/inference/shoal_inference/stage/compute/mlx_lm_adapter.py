@@ -31,7 +31,7 @@ Model = Any
 """An mlx-lm model: `mlx.nn.Module` reaches its name through star imports that mypy does not follow."""
 
 Sampler = Callable[[mx.array], mx.array]
-"""Log probabilities (1, vocabulary) to token ids (1,)."""
+"""Log probabilities (1, vocabulary), float32, to token ids (1,)."""
 
 
 class Cache(Protocol):
@@ -82,8 +82,20 @@ def attention_mask(h: mx.array, layer_cache: Cache, window: int | None) -> mx.ar
     return mask
 
 
+GREEDY_TEMPERATURE = 1e-4
+GREEDY_TOP_P = 1e-6
+"""Below either, the likeliest token is taken. Numbers this small would only be noise in the type that MLX computes in:
+1 / 1e-39 is infinite, and 1e-39 itself is 0."""
+
+
+def is_greedy(temperature: float, top_p: float) -> bool:
+    """Whether the likeliest token is always taken."""
+    return temperature < GREEDY_TEMPERATURE or top_p < GREEDY_TOP_P
+
+
 def make_sampler(temperature: float, top_p: float) -> Sampler:
-    """Greedy at temperature 0."""
+    """Takes float32; greedy where `is_greedy`."""
+    temperature = 0.0 if is_greedy(temperature, top_p) else temperature
     sampler: Sampler = sample_utils.make_sampler(temp=temperature, top_p=top_p)
     return sampler
 

@@ -85,10 +85,14 @@ class LoadedShard:
         return h
 
     def log_probabilities(self, h: mx.array) -> mx.array:
-        """(1, tokens, width) after the last layer to (1, vocabulary) of the last position."""
+        """(1, tokens, width) after the last layer to (1, vocabulary) of the last position, float32.
+
+        A model's own type is too narrow: float16 has 11 bits, and turns a division by a small temperature into
+        infinities.
+        """
         if self._head is None:
             raise RuntimeError("only the last stage has a head")
-        logits = self._head(self._backbone.norm(h))[:, -1, :]
+        logits = self._head(self._backbone.norm(h))[:, -1, :].astype(mx.float32)
         return logits - mx.logsumexp(logits, keepdims=True)
 
 
