@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from shoal_common.concurrency.backoff import Backoff
-from shoal_common.errors import ShoalError, StageLost, Unsupported
+from shoal_common.errors import LoadError, ShoalError, StageLost, Unsupported
 from shoal_common.messages.instances import InstanceSpec, StageSpec, StageState
 from shoal_inference import stage_runner
 from shoal_inference.assignments import Assignment
@@ -67,3 +67,13 @@ async def test_a_model_that_is_not_supported_is_tried_once(monkeypatch: pytest.M
     assert runner.attempts == 1
     assert runner.published[-1].phase == "failed"
     assert runner.published[-1].error == Unsupported("its tokenizer aborts").body()
+
+
+async def test_files_that_do_not_load_are_tried_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    reason = "cannot load the tokenizer in /m: tokenizer.json holds a list, not an object"
+    runner = await run(LoadError(reason), monkeypatch)
+    assert runner.attempts == 3
+    last = runner.published[-1]
+    assert last.phase == "failed" and last.error is not None
+    assert last.error.code == "load_failed"
+    assert last.error.message == f"{reason}; tried 3 times: repair the model, then place it again"

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Set
 
-from shoal_common.errors import ErrorBody, NoMemory
+from shoal_common.errors import ErrorBody, LoadError, NoMemory, Unsupported
 from shoal_common.messages.instances import InstanceSpec, InstanceState, StageSpec, StageState
+
+_FINAL = (NoMemory.code, LoadError.code, Unsupported.code)
+"""Codes of errors after which a stage is not started again."""
 
 
 def instance_status(
@@ -17,18 +20,19 @@ def instance_status(
 ) -> InstanceState:
     """Return the state of an instance: ready when all stages are; degraded when it was ready and a stage is not.
 
-    A forced stage that was killed on OOM is not started again, so its instance is failed even if it was ready before.
+    A stage that was killed on OOM, or whose model does not load, is not started again, so its instance is failed even
+    if it was ready before.
     `stays_because`: why an instance that should move to other nodes cannot.
     """
     present = set(live)
     own = _own_stages(spec, stages)
     ready = [s.rank for s in spec.stages if s.rank in own and own[s.rank].phase == "ready" and s.node in present]
     failed = [own[s.rank].error for s in spec.stages if s.rank in own and own[s.rank].phase == "failed"]
-    oom_killed = any(error is not None and error.code == NoMemory.code for error in failed)
+    is_final = any(error is not None and error.code in _FINAL for error in failed)
     was_up = before is not None and before.epoch == spec.epoch and before.phase in ("ready", "degraded")
     if len(ready) == len(spec.stages):
         phase, error = "ready", None
-    elif was_up and not oom_killed:
+    elif was_up and not is_final:
         phase, error = "degraded", next((e for e in failed if e is not None), stays_because)
     elif failed:
         phase, error = "failed", next((e for e in failed if e is not None), None)
