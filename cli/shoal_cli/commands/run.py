@@ -32,7 +32,7 @@ _HELP = "/exit or Ctrl-D ends, /clear starts over, Ctrl-C stops an answer"
 def run(
     ctx: typer.Context,
     model: ModelArgument,
-    words: Annotated[
+    prompt: Annotated[
         list[str],
         typer.Argument(metavar="[PROMPT]", show_default=False, help="one prompt; default: stdin, or a chat"),
     ] = [],  # noqa: B006
@@ -54,8 +54,8 @@ def run(
     """Chat with a model; pulls and places it if needed."""
     cli = CliContext(ctx)
     session = ChatSession(cli, resolve_model(cli.gateway, model), exactly, Sampling(max_tokens, temperature))
-    if words:
-        return session.answer_once(" ".join(words))
+    if prompt:
+        return session.answer_once(" ".join(prompt))
     if sys.stdin is not None and sys.stdin.isatty():
         return session.chat(LineEditor(cli.home.chat_history))
     text = sys.stdin.read().strip() if sys.stdin is not None else ""

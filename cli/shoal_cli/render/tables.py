@@ -27,7 +27,7 @@ _LINKS = {"thunderbolt": "Thunderbolt", "ethernet": "Ethernet", "wifi": "Wi-Fi",
 """How this node reaches another; nothing is shown for one on the same machine."""
 
 
-class WholeWords(Table):
+class UnbrokenTable(Table):
     """A table that breaks no word, such as an id: it becomes wider than the terminal instead."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -42,7 +42,7 @@ class WholeWords(Table):
 
 
 def _table(*columns: str) -> Table:
-    table = WholeWords(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")
+    table = UnbrokenTable(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")
     for name in columns:
         right = name in ("size", "used", "free", "memory", "headroom")
         table.add_column(name, justify="right" if right else "left", overflow="fold")

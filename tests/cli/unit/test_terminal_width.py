@@ -21,7 +21,7 @@ NODES = [f"a-node-with-quite-a-long-name-{n}" for n in range(6)]
 INSTANCE = "i" * 40
 
 
-def drawn(renderable: object, width: int) -> str:
+def text_of(renderable: object, width: int) -> str:
     out = io.StringIO()
     Console(file=out, width=width, force_terminal=True, color_system=None).print(renderable, crop=False)
     return out.getvalue()
@@ -31,10 +31,10 @@ def drawn(renderable: object, width: int) -> str:
 def test_a_table_never_breaks_an_id(width: int) -> None:
     model = msgspec.convert(held(repo=LONG, nodes=NODES), ModelView)
     placed = msgspec.convert(instance("ready", INSTANCE, repo=LONG, nodes=NODES), InstanceView)
-    for shown in (drawn(models_table([model]), width), drawn(instances_table([placed]), width)):
+    for shown in (text_of(models_table([model]), width), text_of(instances_table([placed]), width)):
         assert LONG in shown
-    assert all(node in drawn(models_table([model]), width) for node in NODES)
-    assert INSTANCE in drawn(instances_table([placed]), width)
+    assert all(node in text_of(models_table([model]), width) for node in NODES)
+    assert INSTANCE in text_of(instances_table([placed]), width)
 
 
 @pytest.mark.parametrize("arguments", [["ls"], ["ps"], ["status"], ["storage", "--all"]])
