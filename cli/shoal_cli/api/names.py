@@ -32,18 +32,16 @@ def known_model(gateway: GatewayClient, text: str) -> str:
     if _is_short(text):
         model = _resolve(text, status)
     if ModelRef.parse(model).repo not in _repos(status):
-        raise unknown_model(status, model)
+        raise _unknown_model(status, model)
     return model
 
 
-def unknown_model(status: StatusView, text: str) -> NotFound:
-    """Return the error for a model that no node has."""
-    return unknown_name("model", text, _repos(status), _MODELS)
-
-
 def model_not_found(gateway: GatewayClient, text: str) -> NotFound:
-    """Return the error for a model that a command did not find, with the names that are near."""
-    return unknown_model(_status(gateway), text)
+    """Return the error for a model that a command did not find, with the names that are near if nothing has its."""
+    status = _status(gateway)
+    if ModelRef.parse(text).repo in _repos(status):
+        return NotFound(f"{text} is on no node")
+    return _unknown_model(status, text)
 
 
 def node_not_found(gateway: GatewayClient, node: str) -> NotFound:
@@ -74,6 +72,10 @@ def resolve_instance(gateway: GatewayClient, text: str) -> str:
         names = [name for i in instances for name in (i.id, i.repo)]
         raise unknown_name("instance", text, dict.fromkeys(names), "`shoal ps` lists the instances")
     return found[0].id
+
+
+def _unknown_model(status: StatusView, text: str) -> NotFound:
+    return unknown_name("model", text, _repos(status), _MODELS)
 
 
 def _is_of(instance: InstanceView, text: str) -> bool:

@@ -91,7 +91,8 @@ def events(
     if not count and not follow:
         # A node that is gone for good may still have events.
         known_nodes(cli.gateway, [node] if node else [])
-        print("no events", file=sys.stderr)
+        if not cli.as_json:
+            print("no events", file=sys.stderr)
     return 0
 
 

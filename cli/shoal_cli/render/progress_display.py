@@ -56,10 +56,9 @@ class ProgressBars(AbstractContextManager["ProgressBars"]):
         """Move the node's bar."""
         # Not markup: it has names of peers and messages.
         text = Text.assemble(("  ".join(figures(state)), "dim"), "  ", activity(state, before))
-        if state.node in self._bars:
-            self._progress.update(self._bars[state.node], completed=percent(state), text=text)
-        else:
-            self._bars[state.node] = self._progress.add_task(state.node, completed=percent(state), text=text)
+        if state.node not in self._bars:
+            self._bars[state.node] = self._progress.add_task(state.node, text=text)
+        self._progress.update(self._bars[state.node], completed=percent(state), text=text)
 
 
 class ProgressLines(AbstractContextManager["ProgressLines"]):
