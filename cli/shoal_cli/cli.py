@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.main import get_command
@@ -18,6 +18,7 @@ from typer.main import get_command
 from shoal_cli.command_app import GroupHelp
 from shoal_cli.commands.options import GatewayOption, HomeOption
 from shoal_cli.errors import permission_denied_message, usage_message
+from shoal_common import VERSION
 from shoal_common.errors import BadInput, Denied, ShoalError
 from shoal_common.host.file_kinds import wrong_kind
 from shoal_common.redaction import redact, remember_secrets
@@ -35,6 +36,33 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "Other": ("demo", "version"),
 }
 """Every verb, as `shoal --help` groups them. Each is the `app` of the module of its name in `commands/`."""
+
+MEANT = {
+    "remove": "rm",
+    "delete": "rm",
+    "uninstall": "rm",
+    "login": "key",
+    "top": "ps",
+    "start": "up",
+    "serve": "run",
+    "chat": "run",
+    "load": "place",
+    "unload": "stop",
+    "kill": "stop",
+    "list": "ls",
+    "show": "status",
+    "info": "status",
+    "inspect": "status",
+    "nodes": "status",
+    "search": "ls",
+    "download": "pull",
+    "install": "pull",
+    "config": "storage set",
+    "disk": "storage",
+    "check": "doctor",
+    "upgrade": "version",
+}
+"""What other programs call a command, and its name here."""
 
 EXAMPLES = """Examples:
   shoal up                                        run a node here; Ctrl-C stops it
@@ -75,6 +103,10 @@ class VerbGroup(GroupHelp):
         command.name = cmd_name
         return command
 
+    def meant(self, name: str) -> str:
+        """Return the verb that other programs call so, or ""."""
+        return MEANT.get(name.lower(), "")
+
     def command_sections(self, ctx: Any) -> Mapping[str, Sequence[str]]:
         """Return the verbs by the heading they stand under in the help."""
         return SECTIONS
@@ -89,18 +121,28 @@ root = typer.Typer(cls=VerbGroup, rich_markup_mode=None, pretty_exceptions_enabl
     subcommand_metavar="COMMAND …",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
-def shoal(ctx: typer.Context, home: HomeOption = "", gateway: GatewayOption = "") -> int:
+def shoal(
+    ctx: typer.Context,
+    home: HomeOption = "",
+    gateway: GatewayOption = "",
+    version: Annotated[bool, typer.Option("--version", "-V", help="print the version")] = False,
+) -> int:
     """Run large language models across the machines you have."""
+    if version:
+        typer.echo(f"shoal {VERSION}")
+        raise typer.Exit
     if ctx.invoked_subcommand is None:
         typer.echo(ctx.get_help())
     return 0
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Carry out a command line. Returns the exit code."""
+    """Carry out a command line; `help VERB` is `VERB --help`. Returns the exit code."""
     environ = dict(os.environ)
     remember_secrets(environ)
     command = get_command(root)
+    if arguments[:1] == ["help"]:
+        arguments = [*arguments[1:], "--help"]
     if environ.get(_COMPLETE_VARIABLE):
         command.main(list(arguments), prog_name="shoal")
     try:

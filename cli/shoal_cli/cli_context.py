@@ -46,16 +46,16 @@ class CliContext:
     @cached_property
     def out(self) -> Console:
         """Stdout. Rich is imported only when something is drawn."""
-        from rich.console import Console  # noqa: PLC0415
+        from shoal_cli.render.console import new_console  # noqa: PLC0415
 
-        return Console(highlight=False)
+        return new_console(self.environ)
 
     @cached_property
     def err(self) -> Console:
         """Stderr."""
-        from rich.console import Console  # noqa: PLC0415
+        from shoal_cli.render.console import new_console  # noqa: PLC0415
 
-        return Console(stderr=True, highlight=False)
+        return new_console(self.environ, stderr=True)
 
     @property
     def gateway(self) -> GatewayClient:
@@ -82,8 +82,12 @@ class CliContext:
         """Print an answer as it is, for programs, or as a table. Returns exit code 0."""
         if self.as_json:
             return self.print_json(msgspec.to_builtins(answer))
-        self.out.print(table(answer))
+        self.draw(table(answer))
         return 0
+
+    def draw(self, renderable: RenderableType) -> None:
+        """Draw on stdout. A line may be wider than the terminal, which then breaks it: an id stays whole."""
+        self.out.print(renderable, crop=False)
 
     def finish(self, result: CommandResult) -> int:
         """Print a command's result. Returns its exit code."""
@@ -91,7 +95,7 @@ class CliContext:
             self.print_json(result.answer)
             return result.exit_code
         if result.table is not None:
-            self.out.print(result.table)
+            self.draw(result.table)
         for line in result.lines:
             self.print(line)
         return result.exit_code

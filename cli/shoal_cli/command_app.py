@@ -50,6 +50,10 @@ class GroupHelp(TyperGroup):
         """Return the commands by heading."""
         return {"Actions": self.list_commands(ctx)}
 
+    def meant(self, name: str) -> str:
+        """Return the command that is meant by a name from elsewhere, or ""."""
+        return ""
+
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Write one section per heading."""
         sections = self.command_sections(ctx)
@@ -71,7 +75,8 @@ class GroupHelp(TyperGroup):
         names = self.list_commands(ctx)
         if args[0] in names or args[0].startswith("-") or ctx.resilient_parsing:
             return super().resolve_command(ctx, args)
-        close = difflib.get_close_matches(args[0], names, n=1)
+        meant = self.meant(args[0])
+        close = [meant] if meant else difflib.get_close_matches(args[0], names, n=1)
         path = ctx.command_path
         hint = f"did you mean `{path} {close[0]}`?" if close else f"`{path} --help` lists the commands"
         raise BadInput(f"unknown command {args[0][:40]!r}: {hint}")

@@ -90,7 +90,7 @@ class Node:
         "--no-placement",
         "--no-inference",
         "--wait",
-        "10",
+        "10s",
     )
 
     def up(self, *more: str, **environ: str) -> subprocess.CompletedProcess[str]:

@@ -64,6 +64,7 @@ class Cluster:
         self.instances: list[dict[str, Any]] = []
         self.disks: list[dict[str, Any]] = []
         self.disk_results: dict[str, dict[str, Any]] = {}
+        self.controlled: dict[str, Any] | None = None
         self.placing: list[dict[str, Any]] = [instance("ready")]
         self.answer: list[str] = ["Blub", " blub", "."]
         self.finish = True
@@ -80,6 +81,8 @@ class Cluster:
                 Route("/v1/downloads", self._download, methods=["POST"]),
                 Route("/v1/downloads/{verb}", self._control, methods=["POST"]),
                 Route("/v1/commands/{id}", self._command),
+                Route("/v1/nodes/{node}", self._forget, methods=["DELETE"]),
+                Route("/events", self._no_events),
                 Route("/v1/models/{org}/{name}", self._delete, methods=["DELETE"]),
                 Route("/v1/storage", self._storage),
                 Route("/v1/storage/{what}", self._disks, methods=["GET", "POST", "PUT"]),
@@ -147,8 +150,14 @@ class Cluster:
     async def _control(self, request: Request) -> Response:
         verb = request.path_params["verb"]
         done = {"cancel": {"cancelled": True}, "pause": {"models": {MODEL: "paused", "org/other": "was_paused"}}}
-        row = done.get(verb, {"models": {MODEL: "rejected"}})
+        row = self.controlled or done.get(verb, {"models": {MODEL: "rejected"}})
         return await self._note(request) or JSONResponse({"model": MODEL, "nodes": {"node-a": row}})
+
+    async def _forget(self, request: Request) -> Response:
+        return await self._note(request) or JSONResponse({"found": False, "key_count": 0})
+
+    async def _no_events(self, request: Request) -> Response:
+        return await self._note(request) or Response(media_type="text/event-stream")
 
     async def _command(self, request: Request) -> Response:
         identity = request.path_params["id"]

@@ -39,7 +39,7 @@ def test_I9_a_hub_cache_is_a_library_served_and_never_written(
         hub.reset_stats()
         with mounted_read_only(cache) as root, ShoalCluster(tmp_path, hub.base_url, names=("a", "b")) as cluster:
             a, b = cluster["a"], cluster["b"]
-            a.shoal("storage", "set", "--library", str(root), check=True)
+            a.shoal("storage", "set", "--add-library", str(root), check=True)
             model = eventually(lambda: held(a), "the cache's model is offered")
             assert model["commit"] == snapshot.name
             assert model["library_directory"] == {"a": str(root / snapshot.relative_to(cache))}
@@ -71,7 +71,7 @@ def test_I9_a_hub_cache_is_a_library_served_and_never_written(
             a.shoal("storage", "set", "--remove-library", str(root), check=True)
             assert held(a)["nodes"] == ["b"]
             a.down()
-            a.up("--nats-port", "0", "--library", str(root))
+            a.up("--nats-port", "0", "--add-library", str(root))
             assert eventually(lambda: "a" in held(a).get("nodes", []), "offered by a flag of `shoal up`")
         assert content_bytes(hub) == 0
     assert snapshot_tree(cache) == before
@@ -80,5 +80,5 @@ def test_I9_a_hub_cache_is_a_library_served_and_never_written(
 @pytest.mark.parametrize("root", ["relative/../..", "/"])
 def test_a_path_that_cannot_be_a_library_is_refused_in_a_line(tmp_path: Path, root: str) -> None:
     with ShoalCluster(tmp_path, "http://127.0.0.1:9", names=("a",)) as cluster:
-        refused = cluster["a"].shoal("storage", "set", "--library", root)
+        refused = cluster["a"].shoal("storage", "set", "--add-library", root)
         assert refused.returncode == 2 and refused.stderr.count("\n") == 1

@@ -7,8 +7,7 @@ from typing import Any
 import msgspec
 
 from shoal_cli.api.schema import JsonObject
-from shoal_common.errors import NotFound
-from shoal_common.names import ModelRef
+from shoal_common.names import unknown_name
 
 
 class NodeSelection(msgspec.Struct, frozen=True):
@@ -30,17 +29,11 @@ def selected_storage(answer: JsonObject, selection: NodeSelection) -> JsonObject
     node = selection.node or str(answer.get("node", ""))
     nodes = [n for n in answer.get("nodes", []) if n.get("node") == node]
     if not nodes:
-        known = ", ".join(str(n.get("node")) for n in answer.get("nodes", []))
-        raise NotFound(f"no node named {node} has storage (known: {known or 'none'}); see `shoal status`")
+        known = [str(n.get("node")) for n in answer.get("nodes", [])]
+        raise unknown_name("node with storage", node, known, f"it is on {', '.join(known) or 'no node'}")
     return {**answer, "nodes": nodes}
 
 
 def by_node(answer: JsonObject, kind: type[Any]) -> list[tuple[str, Any]]:
     """Return each node's part of an answer, as `kind`."""
     return [(node, msgspec.convert(fields, kind)) for node, fields in answer.get("nodes", {}).items()]
-
-
-def model_or_all_revisions(text: str) -> str:
-    """Return a model as it was typed: without a revision it means all of them. Raises BadInput."""
-    ModelRef.parse(text)
-    return text

@@ -129,13 +129,21 @@ def wait_ready_or_move(
         return wait_ready(gateway, moved, report)
 
 
-def find_instance(gateway: GatewayClient, ref: ModelRef, status: StatusView) -> InstanceView | None:
-    """Return an instance of this model: a ready one, else one that is starting, else one that lacks a node."""
+def find_instance(
+    gateway: GatewayClient, ref: ModelRef, status: StatusView, exactly: int | None
+) -> InstanceView | None:
+    """Return an instance of this model, over exactly so many nodes if given.
+
+    A ready one, else one that is starting, else one that lacks a node.
+    """
     commits = {m.commit for m in status.models if m.repo == ref.repo and matches_revision(m.commit, ref)}
     usable = [
         i
         for i in gateway.get("/v1/instances", InstancesView).instances
-        if i.repo == ref.repo and i.phase != "failed" and (matches_revision(i.commit, ref) or i.commit in commits)
+        if i.repo == ref.repo
+        and i.phase != "failed"
+        and exactly in (None, len(i.nodes))
+        and (matches_revision(i.commit, ref) or i.commit in commits)
     ]
     return min(usable, key=lambda i: (i.phase != "ready", bool(nodes_down(i))), default=None)
 

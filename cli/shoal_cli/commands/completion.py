@@ -23,8 +23,8 @@ def nodes(ctx: typer.Context, incomplete: str) -> list[str]:
 
 
 def instances(ctx: typer.Context, incomplete: str) -> list[str]:
-    """Return the instances' ids."""
-    return _matching(incomplete, [i.get("id") for i in _status(ctx).get("instances", [])])
+    """Return the instances' ids and models."""
+    return _matching(incomplete, [i.get(key) for i in _status(ctx).get("instances", []) for key in ("id", "repo")])
 
 
 def services(incomplete: str) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from shoal_cli.api.event_stream import EventView, ServerSentEvent, decode_data, notice_text, stream_events
+from shoal_cli.api.names import known_nodes
 from shoal_cli.cli_context import CliContext
 from shoal_cli.command_app import CommandHelp, new_app
 from shoal_cli.commands import completion
@@ -82,9 +83,16 @@ def events(
     query |= {"node": check_node(node)} if node else {}
     query |= {name: value for name, value in (("service", service), ("event", event)) if value}
     query |= {} if follow else {"follow": "false"}
+    count = 0
     with contextlib.suppress(KeyboardInterrupt) if follow else contextlib.nullcontext():
         for item in stream_events(lambda: cli.gateway, query, follow, _print_outage):
+            count += not item.name
             _print(item, cli.as_json)
+    if not count and not follow:
+        # A node that is gone for good may still have events.
+        known_nodes(cli.gateway, [node] if node else [])
+        if not cli.as_json:
+            print("no events", file=sys.stderr)
     return 0
 
 

@@ -10,7 +10,7 @@ import typer
 from shoal_cli.api.schema import JsonObject
 from shoal_cli.cli_context import CliContext
 from shoal_cli.command_app import CommandHelp, new_app
-from shoal_cli.commands.options import GatewayOption, HomeOption, JsonOption
+from shoal_cli.commands.options import GatewayOption, HomeOption, JsonOption, QuietOption
 from shoal_common.messages.placement import FittingModels
 from shoal_common.messages.views import StatusView
 
@@ -29,6 +29,7 @@ def ls(
     fits: Annotated[
         bool, typer.Option("--fits", help="also show which could be placed now, the largest first")
     ] = False,
+    quiet: QuietOption = False,
     as_json: JsonOption = False,
     gateway: GatewayOption = "",
     home: HomeOption = "",
@@ -47,12 +48,16 @@ def ls(
             {"models": answer.get("models", []), **({"incomplete": incomplete} if incomplete else {})}
         )
     status = msgspec.convert(answer, StatusView)
+    if quiet:
+        for repo in dict.fromkeys(model.repo for model in status.models):
+            cli.print(repo)
+        return 0
     incomplete_models = incomplete_lines(status)
     for line in incomplete_models:
         cli.print(line)
     if status.models:
         down = {n.node for n in status.nodes if not n.live}
-        cli.out.print(models_table(status.models, down), crop=False)
+        cli.draw(models_table(status.models, down))
     elif not incomplete_models:
         cli.print("no node holds a model yet: `shoal pull org/name` downloads one")
     return 0

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from shoal_cli.api.names import known_nodes, node_not_found
 from shoal_cli.api.schema import JsonObject
 from shoal_cli.cli_context import CliContext
 from shoal_cli.command_app import CommandHelp, new_app
@@ -30,7 +31,9 @@ def forget(ctx: typer.Context, node: NodeArgument, gateway: GatewayOption = "", 
     answer = cli.gateway.delete(f"/v1/nodes/{node}", JsonObject)
     count = answer.get("key_count", 0)
     records = f"{count} {'record' if count == 1 else 'records'}"
-    cli.print(f"forgot {node}: {records} removed" if answer.get("found") else f"no record names {node}")
+    if not answer.get("found"):
+        raise node_not_found(cli.gateway, node)
+    cli.print(f"forgot {node}: {records} removed")
     return 0
 
 
@@ -57,7 +60,7 @@ def drain(
     """Run nothing on a node any more. Its instances move, as far as other nodes have memory; its models stay and are
     served."""
     cli = CliContext(ctx)
-    node = check_node(node)
+    [node] = known_nodes(cli.gateway, [node])
     if undo:
         answer = cli.gateway.delete(f"/v1/nodes/{node}/drain", JsonObject)
         cli.print(f"{node} runs models again" if answer.get("was_drained") else f"{node} was not drained")

@@ -23,9 +23,14 @@ GatewayOption = Annotated[
     str, typer.Option("--gateway", metavar="URL", show_default=False, help="another node's gateway (SHOAL_GATEWAY)")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON for programs")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="print names only, one a line")]
 ModelArgument = Annotated[
     str,
-    typer.Argument(metavar="MODEL", help="org/name, or org/name@revision", autocompletion=completion.models),
+    typer.Argument(
+        metavar="MODEL",
+        help="org/name or org/name@revision; the name alone if the cluster has one such model",
+        autocompletion=completion.models,
+    ),
 ]
 OptionalModelArgument = Annotated[
     str,
@@ -35,7 +40,9 @@ OptionalModelArgument = Annotated[
 ]
 InstanceArgument = Annotated[
     str,
-    typer.Argument(metavar="INSTANCE", help="its id; `shoal ps` lists them", autocompletion=completion.instances),
+    typer.Argument(
+        metavar="INSTANCE", help="its id or its model; `shoal ps` lists them", autocompletion=completion.instances
+    ),
 ]
 NodeArgument = Annotated[
     str,

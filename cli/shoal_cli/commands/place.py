@@ -9,6 +9,7 @@ import msgspec
 import typer
 
 from shoal_cli.api import placement
+from shoal_cli.api.names import known_nodes, resolve_model
 from shoal_cli.cli_context import CliContext
 from shoal_cli.command_app import CommandHelp, new_app
 from shoal_cli.commands import completion
@@ -21,7 +22,6 @@ from shoal_cli.commands.options import (
     reject_together,
 )
 from shoal_common.messages.placement import Previews
-from shoal_common.names import check_node
 
 app = new_app()
 
@@ -114,9 +114,12 @@ def place(
     """Split a model over the nodes' memory and start it."""
     cli = CliContext(ctx)
     reject_together(ctx, nodes=exactly, min_nodes=at_least)
-    body = placement.placement_request(model, exactly, at_least, [check_node(n) for n in nodes], context or 0)
+    client = cli.gateway
+    named, excluded = known_nodes(client, nodes), known_nodes(client, without)
+    model = resolve_model(client, model)
+    body = placement.placement_request(model, exactly, at_least, named, context or 0)
     optional: dict[str, Any] = {
-        "excluded_nodes": [check_node(n) for n in without],
+        "excluded_nodes": excluded,
         "objective": objective if objective != "latency" else "",
         "in_flight": in_flight,
         "max_parallel_answers": parallel if parallel != 1 else 0,

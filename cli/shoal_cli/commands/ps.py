@@ -8,7 +8,7 @@ import typer
 from shoal_cli.api.schema import JsonObject
 from shoal_cli.cli_context import CliContext
 from shoal_cli.command_app import CommandHelp, new_app
-from shoal_cli.commands.options import GatewayOption, HomeOption, JsonOption
+from shoal_cli.commands.options import GatewayOption, HomeOption, JsonOption, QuietOption
 from shoal_common.messages.views import InstanceView
 
 app = new_app()
@@ -18,7 +18,13 @@ _JSON = """--json prints {"instances": [{"id", "model", "repo", "commit", "phase
 
 
 @app.command(cls=CommandHelp, epilog=_JSON)
-def ps(ctx: typer.Context, as_json: JsonOption = False, gateway: GatewayOption = "", home: HomeOption = "") -> int:
+def ps(
+    ctx: typer.Context,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+    gateway: GatewayOption = "",
+    home: HomeOption = "",
+) -> int:
     """List the instances: models that are placed and answer."""
     from shoal_cli.render.tables import instances_table  # noqa: PLC0415
 
@@ -27,8 +33,12 @@ def ps(ctx: typer.Context, as_json: JsonOption = False, gateway: GatewayOption =
     if cli.as_json:
         return cli.print_json({"instances": answer.get("instances", [])})
     instances = [msgspec.convert(i, InstanceView) for i in answer.get("instances", [])]
+    if quiet:
+        for instance in instances:
+            cli.print(instance.id)
+        return 0
     if instances:
-        cli.out.print(instances_table(instances))
+        cli.draw(instances_table(instances))
     else:
         cli.print("nothing is running: `shoal run org/name` starts a model")
     return 0

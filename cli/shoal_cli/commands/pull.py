@@ -9,6 +9,7 @@ import typer
 
 from shoal_cli.api.downloads import ModelPull
 from shoal_cli.api.hub_token import hand_over_token, with_reason
+from shoal_cli.api.names import resolve_model
 from shoal_cli.cli_context import CliContext
 from shoal_cli.command_app import CommandHelp, new_app
 from shoal_cli.commands import completion
@@ -61,8 +62,8 @@ def pull(
 
     cli = CliContext(ctx)
     reject_together(ctx, node=nodes, all=all_nodes)
-    request = ModelPull(cli.gateway, model)
     wanted = [check_node(n) for n in nodes]
+    request = ModelPull(cli.gateway, resolve_model(cli.gateway, model))
     not_given = hand_over_token(
         cli.home, request.model, None if all_nodes else wanted, cli.has_own_gateway, cli.environ
     )

@@ -8,6 +8,7 @@ from typing import Annotated
 import msgspec
 import typer
 
+from shoal_cli.api.names import resolve_instance
 from shoal_cli.api.placement import wait_ready
 from shoal_cli.api.schema import RebalancedInstanceView
 from shoal_cli.cli_context import CliContext
@@ -16,7 +17,6 @@ from shoal_cli.commands import completion
 from shoal_cli.commands.options import GatewayOption, HomeOption, JsonOption
 from shoal_common.errors import BadInput
 from shoal_common.messages.placement import Rebalances
-from shoal_common.names import check_id
 
 app = new_app()
 
@@ -33,7 +33,7 @@ def rebalance(
         typer.Argument(
             metavar="[INSTANCE]",
             show_default=False,
-            help="move this one; it does not answer meanwhile",
+            help="move this one, by id or model; it does not answer meanwhile",
             autocompletion=completion.instances,
         ),
     ] = "",
@@ -53,7 +53,7 @@ def rebalance(
         from shoal_cli.render.tables import rebalances_table  # noqa: PLC0415
 
         return cli.render(cli.gateway.get("/v1/placements/rebalances", Rebalances), rebalances_table)
-    path = f"/v1/instances/{check_id(instance)}/rebalance"
+    path = f"/v1/instances/{resolve_instance(cli.gateway, instance)}/rebalance"
     moved = cli.gateway.post(path, {"layout": layout}, RebalancedInstanceView)
     if moved.moved:
         wait_ready(cli.gateway, moved, lambda text: print(text, file=sys.stderr))

@@ -12,6 +12,7 @@ import typer
 from shoal_cli.api.chat import Conversation, Sampling
 from shoal_cli.api.downloads import ModelPull
 from shoal_cli.api.hub_token import hand_over_token, with_reason
+from shoal_cli.api.names import resolve_model
 from shoal_cli.api.placement import find_instance, matches_revision, place, placement_request, wait_ready_or_move
 from shoal_cli.cli_context import CliContext
 from shoal_cli.command_app import CommandHelp, new_app
@@ -32,13 +33,13 @@ def run(
     ctx: typer.Context,
     model: ModelArgument,
     prompt: Annotated[
-        str | None,
+        list[str],
         typer.Argument(metavar="[PROMPT]", show_default=False, help="one prompt; default: stdin, or a chat"),
-    ] = None,
+    ] = [],  # noqa: B006
     exactly: Annotated[
         int | None,
         typer.Option(
-            "--nodes", metavar="N", callback=in_range(1), show_default=False, help="place it over exactly N nodes"
+            "--nodes", metavar="N", callback=in_range(1), show_default=False, help="run it over exactly N nodes"
         ),
     ] = None,
     max_tokens: Annotated[
@@ -52,9 +53,9 @@ def run(
 ) -> int:
     """Chat with a model; pulls and places it if needed."""
     cli = CliContext(ctx)
-    session = ChatSession(cli, model, exactly, Sampling(max_tokens, temperature))
-    if prompt is not None:
-        return session.answer_once(prompt)
+    session = ChatSession(cli, resolve_model(cli.gateway, model), exactly, Sampling(max_tokens, temperature))
+    if prompt:
+        return session.answer_once(" ".join(prompt))
     if sys.stdin is not None and sys.stdin.isatty():
         return session.chat(LineEditor(cli.home.chat_history))
     text = sys.stdin.read().strip() if sys.stdin is not None else ""
@@ -129,7 +130,7 @@ class ChatSession:
 
     def _prepare(self, ask: Callable[[str], bool] | None) -> Conversation:
         status = self._gateway.get("/v1/status", StatusView)
-        instance = find_instance(self._gateway, self._ref, status)
+        instance = find_instance(self._gateway, self._ref, status, self._exactly)
         body = placement_request(str(self._ref), self._exactly, None, [], 0)
         if instance is None:
             self._pull_if_missing(status, ask)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
 import typer
 
-from shoal_common.errors import BadInput
+from shoal_common.errors import BadInput, NotFound
 from shoal_common.settings.declaration import CliFlag, Setting, Value
 from shoal_common.settings.values import check_value
 
@@ -23,11 +24,11 @@ class ListChange(msgspec.Struct, frozen=True):
     removed: list[str]
 
     def applied(self, paths: Sequence[str], node: str) -> list[str]:
-        """Return a node's list with the change. Raises BadInput for a path that is not there to remove."""
+        """Return a node's list with the change. Raises NotFound for a path that is not there to remove."""
         noun = self.setting.usage.remove_flag.name.removeprefix("--remove-") if self.setting.usage.remove_flag else ""
         for path in self.removed:
             if path not in paths:
-                raise BadInput(f"{path} is not a {noun} of {node} (known: {', '.join(paths) or 'none'})")
+                raise NotFound(f"{path} is not a {noun} of {node} (known: {', '.join(paths) or 'none'})")
         changed = [*(path for path in paths if path not in self.removed), *self.added]
         return list(check_value(self.setting, changed, self.setting.key))
 
@@ -110,7 +111,17 @@ def _given(typed: Iterable[tuple[Setting, CliFlag, Any]]) -> GivenSettings:
 def _value(setting: Setting, flag: CliFlag, text: str) -> Any:
     if setting.is_nullable and text.strip().lower() == "none":
         return None
-    # A number alone is taken as every other source takes it.
-    if setting.unit is None or (text.isascii() and text.isdigit()):
-        return check_value(setting, text, flag.name)
-    return check_value(setting, setting.unit.parse(text), flag.name)
+    return check_value(setting, text if setting.unit is None else setting.unit.parse(text), flag.name)
+
+
+def refuse_missing(lists: Iterable[ListChange]) -> None:
+    """Raise BadInput for an added path that is no directory of this machine: a typo must not be saved."""
+    for change in lists:
+        for path in change.added:
+            directory = Path(path).expanduser()
+            # Storage makes the directory of a volume, in one that is there.
+            is_made = change.setting.key == "volumes" and directory.parent.is_dir()
+            if not directory.is_dir() and not (is_made and not directory.exists()):
+                raise BadInput(
+                    f"{path} is no directory of this machine: create it, or mount its disk; nothing was changed"
+                )

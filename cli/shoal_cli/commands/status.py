@@ -38,7 +38,7 @@ def status(
 
     from shoal_cli.render.tables import render_status  # noqa: PLC0415
 
-    cli.out.print(render_status(msgspec.convert(answer, StatusView)))
+    cli.draw(render_status(msgspec.convert(answer, StatusView)))
     if cli.has_own_gateway:
         _print_own_node(cli)
     return 0

@@ -9,7 +9,8 @@ from typing import Annotated
 import msgspec
 import typer
 
-from shoal_cli.api.node_answers import by_node, model_or_all_revisions, selected_storage
+from shoal_cli.api.names import known_model, resolve_model
+from shoal_cli.api.node_answers import by_node, selected_storage
 from shoal_cli.api.own_settings import own_node, set_on_own_node
 from shoal_cli.api.schema import JsonObject, PinView, SettingsView, StorageListView
 from shoal_cli.cli_context import CliContext, CommandResult
@@ -23,7 +24,7 @@ from shoal_cli.commands.options import (
     NodeOption,
     select_nodes,
 )
-from shoal_cli.commands.setting_options import GivenSettings, flag_names, setting_options
+from shoal_cli.commands.setting_options import GivenSettings, flag_names, refuse_missing, setting_options
 from shoal_cli.render.storage_text import plan_lines, storage_lines
 from shoal_cli.render.tables import storage_table
 from shoal_common.errors import BadInput
@@ -99,6 +100,7 @@ def set_(
         raise BadInput(f"nothing to set: give {flag_names(_SETTINGS)}")
     if given.lists:
         name = own_node(cli.home, cli.gateway, selection, not cli.has_own_gateway)
+        refuse_missing(given.lists)
         answer = set_on_own_node(cli.home, cli.gateway, name, lambda s: given.values | _changed_lists(given, s, name))
     else:
         answer = cli.gateway.put("/v1/storage/config", selection.body() | given.values, JsonObject)
@@ -170,10 +172,15 @@ def unpin(
 
 def _pin(ctx: typer.Context, model: str, pinned: bool) -> int:
     cli = CliContext(ctx)
-    body = {**select_nodes(ctx).body(), "model": model_or_all_revisions(model), "pinned": pinned}
+    selection = select_nodes(ctx)
+    model = resolve_model(cli.gateway, model)
+    body = {**selection.body(), "model": model, "pinned": pinned}
     answer = cli.gateway.post("/v1/storage/pins", body, JsonObject)
     text = "is pinned: never evicted or deleted" if pinned else "is no longer pinned"
+    views = by_node(answer, PinView)
+    if not any(view.models for _, view in views):
+        known_model(cli.gateway, model)
     lines = []
-    for name, view in by_node(answer, PinView):
-        lines += [f"{name}: {m} {text}" for m in view.models] or [f"{name}: {model} {text}"]
+    for name, view in views:
+        lines += [f"{name}: {m} {text}" for m in view.models] or [f"{name}: {model} is not on it"]
     return cli.finish(CommandResult(answer, lines))

@@ -11,7 +11,7 @@ import typer
 from shoal_cli.cli_context import CliContext
 from shoal_cli.command_app import CommandHelp, new_app
 from shoal_cli.commands.options import HomeOption, in_range
-from shoal_cli.commands.setting_options import NONE_GIVEN, GivenSettings, setting_options
+from shoal_cli.commands.setting_options import NONE_GIVEN, GivenSettings, refuse_missing, setting_options
 from shoal_cli.node.node_plan import GATEWAY_PORT, READY_DEADLINE_S, UpOptions
 from shoal_common.config import NATS_PORT
 from shoal_common.errors import BadInput
@@ -19,6 +19,7 @@ from shoal_common.names import SERVICES, check_node
 from shoal_common.settings.declaration import Value, settings_of
 from shoal_common.settings.node import NodeSettings, StorageSettings
 from shoal_common.settings.values import changeable, check_value
+from shoal_common.units import parse_duration_s
 
 app = new_app()
 
@@ -97,8 +98,8 @@ def up(
         bool, typer.Option("--detach", "-d", help="run in the background; return once it is up")
     ] = False,
     wait: Annotated[
-        float, typer.Option("--wait", metavar="S", help="give up waiting after S seconds")
-    ] = READY_DEADLINE_S,
+        str, typer.Option("--wait", metavar="SPAN", help="give up waiting after this long, like 30s or 5min")
+    ] = f"{READY_DEADLINE_S:.0f}s",
     no_storage: Annotated[bool, typer.Option("--no-storage", help="do not run storage")] = False,
     no_fetcher: Annotated[bool, typer.Option("--no-fetcher", help="do not run the fetcher")] = False,
     no_fileserver: Annotated[bool, typer.Option("--no-fileserver", help="do not run the fileserver")] = False,
@@ -121,6 +122,7 @@ def up(
     from shoal_cli.node.up import up as run_up  # noqa: PLC0415
 
     cli = CliContext(ctx)
+    refuse_missing(given.lists)
     options = UpOptions(
         home=str(cli.home.root),
         node=check_node(node) if node else "",
@@ -132,7 +134,7 @@ def up(
         values=given.values,
         added={change.setting.key: list(map(_absolute, change.added)) for change in given.lists},
         only_nats=only_nats,
-        ready_deadline_s=wait,
+        ready_deadline_s=parse_duration_s(wait),
     )
     return run_up(options, cli.environ, detach)
 

@@ -7,13 +7,29 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
+from rich.table import Column
 from rich.text import Text
 
 from shoal_cli.render.progress import activity, figures, percent, progress_line
 from shoal_common.messages.views import DownloadView
 
 _LINE_INTERVAL_S = 3.0
+_WIDE = 100
+"""Columns of a terminal that has room for a long bar."""
+
+
+class FiguresColumn(ProgressColumn):
+    """The figures, on one line: cut where the line ends, so that bar and percentage stay."""
+
+    def __init__(self) -> None:
+        super().__init__(table_column=Column())
+
+    def render(self, task: Task) -> Text:
+        """Return the text."""
+        text: Text = task.fields["text"].copy()
+        text.no_wrap, text.overflow = True, "ellipsis"
+        return text
 
 
 class ProgressBars(AbstractContextManager["ProgressBars"]):
@@ -22,10 +38,9 @@ class ProgressBars(AbstractContextManager["ProgressBars"]):
     def __init__(self, console: Console) -> None:
         self._progress = Progress(
             TextColumn("{task.description}", style="cyan"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=24 if console.width >= _WIDE else 12),
             TextColumn("{task.percentage:>3.0f}%"),
-            TextColumn("{task.fields[bytes]}", style="dim"),
-            TextColumn("{task.fields[doing]}"),
+            FiguresColumn(),
             console=console,
         )
         self._bars: dict[str, TaskID] = {}
@@ -39,15 +54,11 @@ class ProgressBars(AbstractContextManager["ProgressBars"]):
 
     def show(self, state: DownloadView, before: dict[str, int]) -> None:
         """Move the node's bar."""
+        # Not markup: it has names of peers and messages.
+        text = Text.assemble(("  ".join(figures(state)), "dim"), "  ", activity(state, before))
         if state.node not in self._bars:
-            self._bars[state.node] = self._progress.add_task(state.node, total=100, bytes="", doing="")
-        self._progress.update(
-            self._bars[state.node],
-            completed=percent(state),
-            bytes="  ".join(figures(state)),
-            # Names of peers and messages must not be read as markup.
-            doing=Text(activity(state, before)).markup,
-        )
+            self._bars[state.node] = self._progress.add_task(state.node, text=text)
+        self._progress.update(self._bars[state.node], completed=percent(state), text=text)
 
 
 class ProgressLines(AbstractContextManager["ProgressLines"]):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Set
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -21,12 +22,28 @@ from shoal_common.units import format_bytes, format_duration
 _PHASE_STYLES = {"ready": "green", "starting": "yellow", "degraded": "yellow", "failed": "red"}
 _TIER_STYLES = {"fits": "green", "tight": "yellow", "force": "red"}
 _MAX_VERSION_CHARS = 40
+_UNLIMITED = 1 << 20
+"""Characters of a line: no limit."""
 _LINKS = {"thunderbolt": "Thunderbolt", "ethernet": "Ethernet", "wifi": "Wi-Fi", "virtual": "a tunnel"}
 """How this node reaches another; nothing is shown for one on the same machine."""
 
 
+class UnbrokenTable(Table):
+    """A table that breaks no word, such as an id: it becomes wider than the terminal instead."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Draw it at least as wide as its longest words need; columns of single words keep their width."""
+        unlimited = options.update(max_width=_UNLIMITED)
+        for column in self.columns:
+            cells = [Measurement.get(console, unlimited, cell) for cell in (column.header, *column.cells)]
+            column.min_width = max(cell.minimum for cell in cells)
+            column.no_wrap = column.min_width == max(cell.maximum for cell in cells)
+        needed = Measurement.get(console, unlimited, self).minimum
+        return super().__rich_console__(console, options.update(width=max(options.max_width, needed)))
+
+
 def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")
+    table = UnbrokenTable(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")
     for name in columns:
         right = name in ("size", "used", "free", "memory", "headroom")
         table.add_column(name, justify="right" if right else "left", overflow="fold")
@@ -154,7 +171,6 @@ def instances_table(instances: list[InstanceView]) -> RenderableType:
 def previews_table(answer: Previews) -> RenderableType:
     """Return the possible layouts, the best first."""
     table = _table("layout", "memory", "tokens/s", "first token", "to download", "memory needed / free")
-    table.columns[0].no_wrap = True  # it is there to be copied
     for p in answer.previews:
         stages = ", ".join(
             f"{s.node} {format_bytes(s.needed_bytes)} / {format_bytes(s.available_bytes)}"

@@ -25,6 +25,7 @@
     ├── Expired             a deadline passed                              504  exit 7
     ├── Corrupt             bytes do not match their hash                  502  exit 8
     └── InternalError       anything else                                  500  exit 1
+        └── LoadError           a model's files do not load
 
 Each class has a code: `ErrorBody.code` crosses processes, and `from_body` restores the class.
 """
@@ -80,6 +81,12 @@ class ShoalError(Exception):
 
 class InternalError(ShoalError):
     """Any error without a class of its own."""
+
+
+class LoadError(InternalError):
+    """A model's files do not load: damaged, or of a format that this version does not know."""
+
+    code = "load_failed"
 
 
 class BadInput(ShoalError):

@@ -7,11 +7,13 @@ in paths, subjects and keys.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from difflib import SequenceMatcher
 from typing import NewType
 
 import msgspec
 
-from shoal_common.errors import BadName
+from shoal_common.errors import BadName, NotFound
 
 SERVICES = ("storage", "fetcher", "fileserver", "placement", "inference", "gateway")
 
@@ -151,3 +153,30 @@ def node_id_from_hostname(hostname: str, suffix: str) -> str:
 def quote_key(text: str) -> str:
     """Return a name as one token of a KV key: '.', which separates tokens, and unsafe characters become =XX."""
     return "".join(c if _KEY_SAFE.fullmatch(c) else "".join(f"={b:02X}" for b in c.encode()) for c in text)
+
+
+_MIN_LIKENESS = 0.6
+_MAX_NEAREST = 3
+
+
+def nearest_names(text: str, known: Iterable[str]) -> list[str]:
+    """Return up to three known names that may have been meant, the likeliest first. Case and a missing org are no
+    difference; a name that contains the text is near."""
+    likeness = {name: _likeness(text.lower(), name.lower()) for name in known}
+    near = sorted(
+        (name for name, value in likeness.items() if value >= _MIN_LIKENESS), key=lambda n: (-likeness[n], n)
+    )
+    return near[:_MAX_NEAREST]
+
+
+def _likeness(text: str, name: str) -> float:
+    if text and text in name:
+        return 1.0
+    return max(SequenceMatcher(None, text, part).ratio() for part in (name, name.rpartition("/")[2]))
+
+
+def unknown_name(kind: str, text: str, known: Iterable[str], remedy: str = "") -> NotFound:
+    """Return the error for a name that nothing has: `no model named …: did you mean …?`, else `remedy`."""
+    near = nearest_names(text, known)
+    hint = f"did you mean {' or '.join(near)}?" if near else remedy
+    return NotFound(f"no {kind} named {text[:200]}" + (f": {hint}" if hint else ""), nearest=near)

@@ -1,6 +1,7 @@
 """Sizes, rates and durations as people write and read them. Pure.
 
-`200GB` is 200 x 10^9 bytes, `200GiB` is 200 x 2^30.
+`200GB` is 200 x 10^9 bytes, `200GiB` is 200 x 2^30. A number without a unit is refused, except 0: whoever writes 20
+may mean bytes or gigabytes, seconds or days.
 """
 
 from __future__ import annotations
@@ -15,29 +16,41 @@ _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5}
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 _DURATION = re.compile(r"([0-9]{1,9})\s*(s|m|min|h|d)?")
 _UNIT_S = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
+_BARE_NUMBER = re.compile(r"[0-9]+(?:\.[0-9]*)?")
 
 
 def parse_bytes(text: str) -> int:
-    """Return the bytes of `512`, `100 MB`, `1.5TiB`; a bare `200G` is decimal. Raises BadInput."""
-    match = _SIZE.fullmatch(text.strip())
+    """Return the bytes of `512B`, `100 MB`, `1.5TiB` or `0`; `200G` is decimal. Raises BadInput."""
+    return _parse_size(text.strip(), "")
+
+
+def parse_rate(text: str) -> int:
+    """Return the bytes per second of `20MB`, `20MB/s` or `0`. Raises BadInput."""
+    return _parse_size(text.strip().removesuffix("/s"), "/s")
+
+
+def _parse_size(text: str, per: str) -> int:
+    match = _SIZE.fullmatch(text)
     if match is None or (match.group(3) and not match.group(2)):
         raise BadInput(f"{text[:80]!r} is not a size: write it like 200GB (decimal) or 200GiB (binary)")
+    _refuse_bare(text, tuple(f"{unit}{per}" for unit in ("B", "kB", "MB", "GB", "TB", "MiB", "GiB")))
     number, prefix, binary = match.groups()
     return int(Decimal(number) * (1024 if binary else 1000) ** _POWERS[prefix.lower()])
 
 
-def parse_rate(text: str) -> int:
-    """Return the bytes per second of `20MB` or `20MB/s`. Raises BadInput."""
-    return parse_bytes(text.strip().removesuffix("/s"))
-
-
 def parse_duration_s(text: str) -> int:
-    """Return the seconds of `90`, `90 s`, `15min`, `12h` or `7d`. Raises BadInput."""
+    """Return the seconds of `90 s`, `15min`, `12h`, `7d` or `0`. Raises BadInput."""
     match = _DURATION.fullmatch(text.strip().lower())
     if match is None:
         raise BadInput(f"{text[:80]!r} is not a duration: write it like 12h or 7d")
+    _refuse_bare(text.strip(), ("s", "min", "h", "d"))
     number, unit = match.groups()
     return int(number) * _UNIT_S[unit or "s"]
+
+
+def _refuse_bare(text: str, units: tuple[str, ...]) -> None:
+    if _BARE_NUMBER.fullmatch(text) and float(text) != 0:
+        raise BadInput(f"{text[:20]} has no unit: write {', '.join(text[:20] + unit for unit in units)}")
 
 
 def format_bytes(size_bytes: float) -> str:

@@ -19,7 +19,16 @@ from shoal_common.bus.kv_bucket import Buckets
 from shoal_common.bus.kv_mirror import KvMirror
 from shoal_common.concurrency.backoff import Backoff
 from shoal_common.config import Config, is_loopback
-from shoal_common.errors import ErrorBody, InternalError, ShoalError, StageLost, Unavailable, Unsupported, from_body
+from shoal_common.errors import (
+    ErrorBody,
+    InternalError,
+    LoadError,
+    ShoalError,
+    StageLost,
+    Unavailable,
+    Unsupported,
+    from_body,
+)
 from shoal_common.host.addresses import non_loopback
 from shoal_common.host.interfaces import InterfaceMonitor
 from shoal_common.identity.node_identity import NodeIdentity
@@ -50,6 +59,8 @@ log = StructuredLogger("stage")
 _FETCH_DEADLINE_S = 24 * 3600.0
 _ACCEPT_TIMEOUT_S = 30.0
 _STABLE_AFTER_S = 30.0
+_MAX_LOADS = 3
+"""Attempts at files that do not load: a repair may be under way."""
 _RESPAWN_BACKOFF = Backoff(0.2, 15.0)
 """A process that lived this long was healthy: its death counts as the first."""
 
@@ -111,9 +122,9 @@ class StageRunner:
     async def run(self) -> None:
         """Fetch, load and serve; restart after each death of the process, with back-off. Ends by cancellation.
 
-        A model that this version does not support is tried once.
+        A model that this version does not support is tried once, one whose files do not load a few times.
         """
-        deaths = 0
+        deaths = loads = 0
         loop = asyncio.get_running_loop()
         while True:
             started_s = loop.time()
@@ -125,6 +136,9 @@ class StageRunner:
             if self._kill_reason is not None:
                 error = self._kill_reason
             deaths = 1 if loop.time() - started_s > _STABLE_AFTER_S else deaths + 1
+            loads = loads + 1 if isinstance(error, LoadError) else 0
+            if loads == _MAX_LOADS:
+                error = LoadError(f"{error.message}; tried {loads} times: repair the model, then place it again")
             log.warning(
                 "stage ended",
                 instance=self._spec.id,
@@ -134,7 +148,7 @@ class StageRunner:
             )
             self._fail_accepting(error)
             await self._publish_state(phase="failed", error=error.body(), address="", links=[], uid="")
-            if self._kill_reason is not None or isinstance(error, Unsupported):
+            if self._kill_reason is not None or isinstance(error, Unsupported) or loads == _MAX_LOADS:
                 # Another attempt would fail in the same way: wait until the instance is stopped or moved, which
                 # cancels this task.
                 await asyncio.Event().wait()

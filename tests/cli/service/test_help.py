@@ -86,7 +86,7 @@ def test_the_readmes_table_has_every_verb_and_real_options(capsys: Capture) -> N
 def test_the_shell_completes_verbs_actions_options_and_choices() -> None:
     assert complete("shoal pl") == ["place"]
     assert complete("shoal storage un") == ["unpin"]
-    assert complete("shoal storage set --add") == ["--add-volume"]
+    assert complete("shoal storage set --add") == ["--add-library", "--add-volume"]
     assert complete("shoal place x --objective t") == ["throughput"]
     assert complete("shoal restart n") == ["nats"]
 
@@ -95,7 +95,7 @@ def test_the_shell_completes_models_nodes_and_instances(cluster: Cluster) -> Non
     cluster.models, cluster.instances = [held()], [instance("ready")]
     assert complete("shoal rm org/") == [MODEL]
     assert complete("shoal pull org/x --node node-") == ["node-a", "node-b"]
-    assert complete("shoal stop ") == ["i1"]
+    assert complete("shoal stop ") == ["i1", MODEL]
     gateway = os.environ["SHOAL_GATEWAY"]
     assert complete(f"shoal rm --gateway {gateway} or", SHOAL_GATEWAY="127.0.0.1:9") == [MODEL]
 

@@ -144,7 +144,7 @@ def test_a_service_that_fails_to_start_is_named_with_its_log(node: Node) -> None
 
 def test_a_service_that_is_never_ready_is_named_at_the_deadline(node: Node) -> None:
     node.behave(storage="silent")
-    up = node.up("--wait", "0.7")
+    up = node.up("--wait", "1s")
     assert up.returncode == 5
     assert "storage is not ready: started, not ready yet" in up.stderr
 

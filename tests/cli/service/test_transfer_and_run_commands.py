@@ -19,6 +19,7 @@ from shoal_common.errors import (
     HubUnavailable,
     NodeDown,
     NoMemory,
+    NotFound,
     QuotaExceeded,
     ShoalError,
     StageLost,
@@ -105,17 +106,19 @@ def test_ctrl_c_leaves_a_pull_running_and_prints_that(
     assert cluster.asked("POST", "/v1/downloads/cancel") == []
 
 
-def test_cancel_rm_and_stop_report_results_and_are_idempotent(cluster: Cluster, capsys: Capture) -> None:
+def test_cancel_rm_and_stop_report_results(cluster: Cluster, capsys: Capture) -> None:
     cluster.models, cluster.instances = [held()], [instance("ready")]
     for command, expected in (
         (["cancel", MODEL], "node-a: org/fish cancelled; what had arrived is deleted"),
         (["rm", MODEL, "--node", "node-a", "--revision", "v1"], "deleted org/fish@v1 on node-a"),
-        (["rm", f"{MODEL}@v2"], "org/fish@v2 is on no node"),
         (["stop", "i1"], "stopped i1"),
-        (["stop", "i2"], "i2 was not running"),
     ):
         assert run(command) == 0
         assert capsys.readouterr().out == f"{expected}\n"
+    missing = [(["rm", f"{MODEL}@v2"], f"{MODEL}@v2 is on no node"), (["stop", "i2"], "no instance named i2")]
+    for command, expected in missing:
+        assert run(command) == NotFound.exit_code
+        assert expected in one_line(capsys.readouterr().err)
     assert cluster.asked("DELETE", "/v1/models/org/fish") == [
         {"node": "node-a", "revision": "v1"},
         {"revision": "v2"},

@@ -14,7 +14,6 @@ from shoal_cli.doctor import checks
 from shoal_cli.doctor.checks import (
     nats,
     ports,
-    reachability,
     services,
 )
 from shoal_cli.doctor.checks.nats import JetStreamSettings, NatsFacts, NatsServerInfo, StreamStatus
@@ -23,7 +22,7 @@ from shoal_cli.doctor.checks.services import ServiceFacts, SystemdUnit
 from shoal_cli.doctor.finding import Finding
 from shoal_cli.doctor.probes.local_node import servers_of
 from shoal_cli.doctor.probes.systemd_units import parse
-from shoal_cli.doctor.reachability import OsInfo
+from shoal_cli.doctor.reachability import ConnectError, OsInfo, connect_remedy
 from shoal_cli.node.children.restart_policy import ChildStatus
 from shoal_cli.node.control import SupervisorStatus
 from shoal_common.bus.streams import stream_configs
@@ -208,10 +207,8 @@ LAN = (Interface("en0", "wifi", 0, ("192.168.1.5/24",)),)
         ("broken", "192.168.1.9:80", OsInfo(), "to see what listens there"),
     ],
 )
-def test_each_connect_error_has_a_remedy(
-    error: reachability.ConnectError, address: str, system: OsInfo, text: str
-) -> None:
-    assert text in reachability.connect_remedy(error, address, system, "the other")
+def test_each_connect_error_has_a_remedy(error: ConnectError, address: str, system: OsInfo, text: str) -> None:
+    assert text in connect_remedy(error, address, system, "the other")
     assert reachability.describe(error, "")
 
 

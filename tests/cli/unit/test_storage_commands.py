@@ -113,6 +113,13 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return home
 
 
+def directories(home: Path, *names: str) -> list[str]:
+    """Directories that are there."""
+    for name in names:
+        (home.parent / name).mkdir()
+    return [str(home.parent / name) for name in names]
+
+
 def storage_in(home: Path) -> dict[str, Any]:
     section: dict[str, Any] = tomllib.loads((home / "node.toml").read_text())["storage"]
     return section
@@ -122,28 +129,45 @@ def test_directories_are_written_here_and_storage_reads_them(
     cluster: Cluster, capsys: Capture, own_home: Path
 ) -> None:
     cluster.disks = [disk("node-a"), disk("node-b")]
-    cluster.disk_results = {"node-a": {"libraries": ["/nas", "/a", "~/b"], "volumes": ["/mnt/big", "/mnt/new"]}}
-    arguments = ["storage", "set", "--library", "/a", "--library", "~/b", "--library", "/nas", "--headroom", "5GB"]
-    assert run([*arguments, "--remove-library", "/old", "--add-volume", "/mnt/new"]) == 0
+    first, second = directories(own_home, "a", "b")
+    new = f"{first}/new"  # which storage makes
+    cluster.disk_results = {"node-a": {"libraries": ["/nas", first, second], "volumes": ["/mnt/big", new]}}
+    arguments = ["storage", "set", "--add-library", first, "--add-library", second, "--headroom", "5GB"]
+    assert run([*arguments, "--remove-library", "/old", "--add-volume", new]) == 0
     assert cluster.requests[-1] == ("POST", "/v1/storage/reload", {"node": "node-a"})
-    assert "  library /nas\n  library /a\n  library ~/b\n  volume /mnt/big" in capsys.readouterr().out
+    assert f"  library /nas\n  library {first}\n  library {second}\n  volume /mnt/big" in capsys.readouterr().out
     assert storage_in(own_home) == {
-        "libraries": ["/nas", "/a", "~/b"],
-        "volumes": ["/mnt/big", "/mnt/new"],
+        "libraries": ["/nas", first, second],
+        "volumes": ["/mnt/big", new],
         "headroom_bytes": 5 * GB,
     }
-    assert run(["storage", "set", "--remove-volume", "/mnt/gone"]) == BadInput.exit_code
-    assert "/mnt/gone is not a volume of node-a (known: /mnt/big, /mnt/new)" in capsys.readouterr().err
-    assert run(["storage", "set", "--all", "--library", "/a"]) == BadInput.exit_code
+    assert run(["storage", "set", "--remove-volume", "/mnt/gone"]) == NotFound.exit_code
+    assert f"/mnt/gone is not a volume of node-a (known: /mnt/big, {new})" in capsys.readouterr().err
+    assert run(["storage", "set", "--all", "--add-library", "/a"]) == BadInput.exit_code
+
+
+def test_a_path_that_is_not_there_is_refused_and_changes_nothing(
+    cluster: Cluster, capsys: Capture, own_home: Path
+) -> None:
+    before = storage_in(own_home)
+    cluster.disks = [disk("node-a")]
+    [path] = directories(own_home, "a")
+    for typo in (f"{path}z", f"{path}/no/such"):
+        for flag in ("--add-library", "--add-volume"):
+            if (flag, typo) != ("--add-volume", f"{path}z"):  # storage makes it
+                assert run(["storage", "set", "--add-library", path, flag, typo]) == BadInput.exit_code
+                assert f"{typo} is no directory of this machine" in capsys.readouterr().err
+    assert storage_in(own_home) == before
+    assert cluster.asked("POST", "/v1/storage/reload") == []
 
 
 def test_I12_directories_of_another_node_are_set_there(cluster: Cluster, capsys: Capture, own_home: Path) -> None:
     before = (own_home / "node.toml").read_text()
     cluster.disks = [disk("node-a"), disk("node-b")]
-    assert run(["storage", "set", "--node", "node-b", "--library", "/a"]) == Refused.exit_code
+    assert run(["storage", "set", "--node", "node-b", "--add-library", "/a"]) == Refused.exit_code
     assert "run this command on node-b" in capsys.readouterr().err
     (own_home / "node.toml").write_text(before.replace("node-a", "node-c"))
-    assert run(["storage", "set", "--library", "/a"]) == Refused.exit_code, "the gateway is node-a's"
+    assert run(["storage", "set", "--add-library", "/a"]) == Refused.exit_code, "the gateway is node-a's"
     assert "run this command on node-a" in capsys.readouterr().err
     assert {method for method, _, _ in cluster.requests} == {"GET"}
 
@@ -152,7 +176,8 @@ def test_what_storage_refuses_is_put_back(cluster: Cluster, capsys: Capture, own
     before = storage_in(own_home)
     cluster.disks = [disk("node-a")]
     cluster.refuses_once = BadInput("the volume /new cannot be used: mount its disk")
-    arguments = ["storage", "set", "--add-volume", "/new", "--library", "/a", "--headroom", "5GB"]
+    [path] = directories(own_home, "a")
+    arguments = ["storage", "set", "--add-volume", f"{path}/new", "--add-library", path, "--headroom", "5GB"]
     assert run(arguments) == BadInput.exit_code
     assert "mount its disk" in capsys.readouterr().err
     assert storage_in(own_home) == before
@@ -167,17 +192,16 @@ def test_directories_of_a_node_that_is_down_apply_at_its_start(
 ) -> None:
     cluster.disks = [disk("node-a")]
     cluster.refuses_once = NodeDown("storage of node-a is not live")
-    assert run(["storage", "set", "--library", "/a"]) == 0
+    [path] = directories(own_home, "a")
+    assert run(["storage", "set", "--add-library", path]) == 0
     assert "it applies when storage of node-a starts" in capsys.readouterr().out
-    assert storage_in(own_home)["libraries"] == ["/nas", "/old", "/a"]
+    assert storage_in(own_home)["libraries"] == ["/nas", "/old", path]
 
 
 def test_storage_of_an_unknown_node_names_the_known_ones(cluster: Cluster, capsys: Capture) -> None:
     cluster.disks = [disk("node-a")]
     assert run(["storage", "--node", "node-x"]) == NotFound.exit_code
-    assert capsys.readouterr().err == (
-        "shoal: no node named node-x has storage (known: node-a); see `shoal status`\n"
-    )
+    assert capsys.readouterr().err == "shoal: no node with storage named node-x: did you mean node-a?\n"
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from scripts.settings_tables import SECTIONS, render
 from shoal_cli.command_app import CommandHelp, new_app
 from shoal_cli.commands.setting_options import NONE_GIVEN, GivenSettings, setting_options
-from shoal_common.errors import BadInput, Refused
+from shoal_common.errors import BadInput, NotFound, Refused
 from shoal_common.messages import decode, encode
 from shoal_common.messages.envelope import Command
 from shoal_common.messages.storage import Configure, StorageState
@@ -131,11 +131,12 @@ def typed(*arguments: str) -> GivenSettings | None:
 
 @given(
     st.sampled_from([s for s in changeable(StorageSettings) if s.unit]),
-    st.integers(0, 2**64) | st.sampled_from([0, 1, 2**63 - 1, 2**63]),
+    st.integers(0, 10**9 - 1) | st.sampled_from([0, 1]),
 )
 def test_a_flag_takes_the_numbers_that_a_command_takes(declared: Setting, number: int) -> None:
-    assert declared.usage.flag is not None
-    by_flag = typed(declared.usage.flag.name, str(number))
+    assert declared.usage.flag is not None and declared.unit is not None
+    assert typed(declared.usage.flag.name, str(number)) is None or number == 0, "a number alone has no unit"
+    by_flag = typed(declared.usage.flag.name, f"{number}{'s' if declared.unit.name == 'seconds' else 'B'}")
     by_command = after(decode(json.dumps({declared.key: number}).encode(), Configure))
     assert (by_flag is None) == (by_command is None)
     if by_flag is not None:
@@ -145,7 +146,7 @@ def test_a_flag_takes_the_numbers_that_a_command_takes(declared: Setting, number
 def test_flags_take_units_choices_none_and_directories() -> None:
     made = typed(
         *("--headroom", "5GB", "--max-storage", "none", "--partial-retention", "7d", "--max-hub-rate", "20MB/s"),
-        *("--eviction-policy", "lru", "--library", "/a", "--library", "~/b", "--remove-library", "/c"),
+        *("--eviction-policy", "lru", "--add-library", "/a", "--add-library", "~/b", "--remove-library", "/c"),
     )
     assert made is not None and made.values == {
         "headroom_bytes": 5 * 10**9,
@@ -156,7 +157,7 @@ def test_flags_take_units_choices_none_and_directories() -> None:
     }
     [change] = made.lists
     assert change.applied(["/c", "/d", "~/b"], "node-a") == ["/d", "~/b", "/a"]
-    with pytest.raises(BadInput, match="/c is not a library of node-a"):
+    with pytest.raises(NotFound, match="/c is not a library of node-a"):
         change.applied(["/d"], "node-a")
     for arguments in (["--headroom", "none"], ["--max-hub-rate", "0"], ["--eviction-policy", "fifo"]):
         assert typed(*arguments) is None
@@ -274,6 +275,7 @@ def test_every_example_and_every_default_is_accepted() -> None:
         for declared in settings_of(kind):
             if declared.default is not None and declared.variable:
                 text = ":".join(declared.default) if declared.is_list else f"{declared.default}".removesuffix(".0")
+                text += "s" if declared.is_text else ""
                 assert getattr(read_settings(kind, {}, {declared.variable: text}), declared.name) == declared.default
             if declared.usage.example and declared.unit:
                 value = declared.usage.example if declared.is_text else declared.unit.parse(declared.usage.example)

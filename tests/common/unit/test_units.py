@@ -1,5 +1,7 @@
 """Sizes as people write and read them."""
 
+from decimal import Decimal
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,7 +14,7 @@ from shoal_common.units import format_bytes, format_duration, format_rate, parse
     ("text", "size_bytes"),
     [
         ("0", 0),
-        ("512", 512),
+        ("0.0", 0),
         ("512B", 512),
         ("1kB", 1000),
         ("1KiB", 1024),
@@ -32,7 +34,7 @@ def test_sizes_are_read_decimal_and_with_an_i_binary(text: str, size_bytes: int)
 
 @pytest.mark.parametrize(
     ("text", "seconds"),
-    [("0", 0), ("90", 90), ("90 s", 90), ("15min", 900), ("15m", 900), ("12H", 43200), ("7d", 604800)],
+    [("0", 0), ("90 s", 90), ("15min", 900), ("15m", 900), ("12H", 43200), ("7d", 604800)],
 )
 def test_durations_are_read(text: str, seconds: int) -> None:
     assert parse_duration_s(text) == seconds
@@ -50,6 +52,19 @@ def test_a_bad_duration_is_refused_with_an_example(text: str) -> None:
 def test_a_bad_size_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(BadInput, match="200GB"):
         parse_bytes(text)
+
+
+@given(st.decimals(0, 10**9, places=2).filter(bool) | st.integers(1, 10**9 - 1))
+def test_a_number_without_a_unit_is_refused_with_the_units(number: Decimal | int) -> None:
+    for parse, units in (
+        (parse_bytes, "B, .*GB, .*GiB"),
+        (parse_rate, "B/s, .*GB/s"),
+        (parse_duration_s, "min, .*d"),
+    ):
+        if parse is parse_duration_s and isinstance(number, Decimal):
+            continue  # durations are whole numbers
+        with pytest.raises(BadInput, match=f"{number} has no unit: write .*{units}"):
+            parse(str(number))
 
 
 @given(st.integers(0, 10**15), st.sampled_from(["", "k", "M", "G", "T"]), st.booleans())
@@ -82,7 +97,7 @@ def test_durations_are_shown_in_the_unit_that_matters() -> None:
 
 
 def test_rates_are_sizes_a_second() -> None:
-    assert [parse_rate(t) for t in ("20MB", "1.5 MiB/s", "1")] == [20_000_000, 1_572_864, 1]
+    assert [parse_rate(t) for t in ("20MB", "1.5 MiB/s", "1B/s", "0")] == [20_000_000, 1_572_864, 1, 0]
     assert format_rate(20_000_000) == "20.0 MB/s"
     for text in ("none", "fast", "-1", "20MB/h"):
         with pytest.raises(BadInput):

@@ -120,7 +120,11 @@ async def test_state_from_before_the_request_is_not_its_answer(gateway: RunningG
 async def test_down_node_is_503_names_it_and_sends_nothing(gateway: RunningGateway) -> None:
     async with cluster(gateway) as c:
         await fetcher(c, "a")
+        await c.downloading(DownloadState(node="gone", model="org/big", phase="fetching", updated_at_s=1.0))
+        await c.seen("/v1/status", lambda s: any(n["node"] == "gone" for n in s["nodes"]))
         before = await c.joined.last_sequence("CMD")
+        unknown = error_of(await c.http.post("/v1/downloads", json={"model": "org/big", "nodes": ["gome"]}), 404)
+        assert unknown["message"] == "no node named gome: did you mean gone?"
         error = error_of(await c.http.post("/v1/downloads", json={"model": "org/big", "nodes": ["a", "gone"]}), 503)
         assert error["code"] == "node_down" and error["details"]["nodes"] == ["gone"]
         assert await c.joined.last_sequence("CMD") == before

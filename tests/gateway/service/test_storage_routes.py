@@ -229,6 +229,8 @@ async def test_I10_a_malformed_request_is_400_and_sends_nothing(
 async def test_a_node_whose_storage_is_down_is_named_and_sends_nothing(gateway: RunningGateway) -> None:
     async with cluster(gateway) as c:
         await storage(c, "a", "gc")
+        await c.write("state", storage_key("gone"), StorageState(node="gone"))
+        await c.seen("/v1/storage", lambda s: any(n["node"] == "gone" for n in s["nodes"]))
         before = await c.joined.last_sequence("CMD")
         for body in ({"nodes": ["a", "gone"]}, {}):
             error = error_of(await c.http.post("/v1/storage/gc", json=body), 503)

@@ -251,3 +251,26 @@ def test_cancel_ends_the_answer_and_frees_every_cache(ring: RingOfStages, run: R
 def test_cancel_of_an_unknown_request_changes_nothing(ring: RingOfStages, run: Run[Any]) -> None:
     run(ring.cancel("never asked"))
     assert len(run(ring.generate(PROMPT, 3))) == 3
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
+@pytest.mark.parametrize(
+    "options", [{"temperature": 1e-5}, {"temperature": 1e-39}, {"temperature": 5e-324}, {"top_p": 1e-39}], ids=str
+)
+def test_numbers_too_small_for_a_type_take_the_likeliest_token(
+    dtype: mx.Dtype, options: dict[str, float], models: Models, rings: Rings, run: Run[Any]
+) -> None:
+    answering = rings(models("llama", dtype=dtype), (0, 6))
+    greedy = ids(run(answering.generate(PROMPT, 12)))
+    for seed in (1, 2):
+        chosen = {"temperature": 1.0, "seed": seed, **options}
+        assert ids(run(answering.generate(PROMPT, 12, **chosen))) == greedy
+
+
+def test_a_low_temperature_of_float16_samples_near_the_top(models: Models, rings: Rings, run: Run[Any]) -> None:
+    answering = rings(models("llama", dtype=mx.float16), (0, 6))
+    greedy = ids(run(answering.generate(PROMPT, 1)))
+    sampled = [ids(run(answering.generate(PROMPT, 1, temperature=2e-4, seed=seed))) for seed in range(8)]
+    assert sampled == [greedy] * 8
+    warm = [ids(run(answering.generate(PROMPT, 1, temperature=2.0, seed=seed))) for seed in range(16)]
+    assert len({tuple(tokens) for tokens in warm}) > 1, "it samples"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -292,7 +293,7 @@ def test_missing_weights_are_fatal_and_named(tmp_path: Path, models: Models, run
         if file.suffix == ".json":
             (tmp_path / file.name).write_bytes(file.read_bytes())
     fatal, status = fatal_of(RingOfStages(tmp_path, (0, 6)).start_for(0), run)
-    assert (fatal.code, status) == ("failed", 1)
+    assert (fatal.code, status) == ("load_failed", 1)
     assert "safetensors" in fatal.message
 
 
@@ -330,3 +331,24 @@ def test_a_low_limit_of_files_stops_no_stage_and_stays() -> None:
     environment = {**os.environ, "PYTHONPATH": source_path()}
     done = checked_run(sys.executable, "-c", within + imported, timeout_s=60, environment=environment)
     assert done.stdout == "(256, 1000)\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("generation_config.json", "[]", "generation_config.json holds a list, not an object"),
+        ("config.json", "[]", "config.json holds a list, not an object"),
+        ("config.json", "{", "config.json is no JSON"),
+        ("tokenizer_config.json", "7", "tokenizer_config.json holds a int, not an object"),
+        ("tokenizer.json", '{"version": "9.0", "model": {"type": "NewBPE"}}', "tokenizer.json, or a file beside it"),
+    ],
+)
+def test_a_file_that_does_not_load_is_named_on_one_line(
+    name: str, text: str, reason: str, models: Models, run: Run[Any], tmp_path: Path
+) -> None:
+    model_dir = tmp_path / "model"
+    shutil.copytree(models("llama"), model_dir)
+    (model_dir / name).write_text(text)
+    error, _ = fatal_of(RingOfStages(model_dir, (0, 6)).start_for(0), run)
+    assert error.code == "load_failed"
+    assert reason in error.message and "\n" not in error.message and "see the stage's log" not in error.message

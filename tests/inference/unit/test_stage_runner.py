@@ -10,7 +10,7 @@ import pytest
 from msgspec import structs
 
 from shoal_common.concurrency.backoff import Backoff
-from shoal_common.errors import ShoalError, StageLost, Unavailable, Unsupported
+from shoal_common.errors import LoadError, ShoalError, StageLost, Unavailable, Unsupported
 from shoal_common.messages.instances import InstanceSpec, StageSpec, StageState
 from shoal_inference import stage_runner
 from shoal_inference.assignments import Assignment
@@ -90,3 +90,13 @@ async def test_a_lost_neighbour_is_named_until_the_ring_is_closed() -> None:
     await runner._handle_event(messages.Linked())
     linked = runner.published[-1]
     assert (linked.phase, linked.error) == ("ready", None)
+
+
+async def test_files_that_do_not_load_are_tried_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    reason = "cannot load the tokenizer in /m: tokenizer.json holds a list, not an object"
+    runner = await run(LoadError(reason), monkeypatch)
+    assert runner.attempts == 3
+    last = runner.published[-1]
+    assert last.phase == "failed" and last.error is not None
+    assert last.error.code == "load_failed"
+    assert last.error.message == f"{reason}; tried 3 times: repair the model, then place it again"

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal_common.errors import BadInput, BadName, ErrorBody, NoMemory, NotFound, Unsupported
+from shoal_common.errors import BadInput, BadName, ErrorBody, LoadError, NoMemory, NotFound, Unsupported
 from shoal_common.messages.instances import InstanceSpec, InstanceState, StageSpec, StageState
 from shoal_common.messages.liveness import NodeFacts
 from shoal_common.messages.model_shape import ModelShape
@@ -291,6 +291,12 @@ def test_an_instance_starts_until_every_stage_of_its_epoch_runs() -> None:
     assert status_of(stage(0, "ready"), stage(1, "ready", epoch=1)).phase == "starting"
     assert READY.phase == "ready"
     assert (READY.nodes, READY.epoch, READY.error) == (["a", "b"], 2, None)
+
+
+def test_a_model_that_no_longer_loads_fails_its_instance() -> None:
+    error = LoadError("cannot load the tokenizer: tokenizer.json holds a list, not an object").body()
+    now = status_of(stage(0, "ready"), stage(1, "failed", error=error), before=READY)
+    assert (now.phase, now.error) == ("failed", error)
 
 
 def test_a_ready_instance_is_degraded_while_a_stage_is_lost() -> None:

@@ -316,9 +316,10 @@ def _own_ports(run_directory: Path) -> set[int | None]:
 def jetstream_settings(configuration: str) -> JetStreamSettings:
     """Return the settings of a configuration like deploy/nats/nats-server.conf. Raises ValueError, BadInput."""
     values = dict(re.findall(r'^\s*(sync_interval|max_file_store):\s*"?([\w.]+)"?\s*$', configuration, re.MULTILINE))
+    size = re.sub("(?i)b$", "iB", values.get("max_file_store", "0"))  # its GB is a GiB, and a number alone is bytes
     sync = values.get("sync_interval", _NATS_SYNC_INTERVAL)
     return JetStreamSettings(
-        max_store_bytes=parse_bytes(re.sub("(?i)b$", "iB", values.get("max_file_store", "0"))),  # its GB is a GiB
+        max_store_bytes=parse_bytes(f"{size}B" if size.isdigit() else size),
         sync_always=sync == "always",
         sync_interval_s=0.0 if sync == "always" else float(sync[:-1]) * _NATS_UNITS_S.get(sync[-1], 1),
     )

@@ -151,7 +151,7 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
             number = "a whole number" if isinstance(self.kind, inspect.IntType) else "a number"
             unit = f" of {self.unit.name}" if self.unit else ""
             if self.is_text:
-                return f"a duration of at least {self.kind.ge:g} s"
+                return f"a text with its unit (s, min, h, d), at least {self.kind.ge:g} s"
             lowest = f"above {self.kind.gt}" if self.kind.ge is None else f"from {self.kind.ge}"
             highest = self.kind.le if self.kind.le is not None and self.kind.le < _MAX_NUMBER else None
             return f"{number}{unit} {lowest}" + (f" to {highest}" if highest is not None else "")

@@ -127,7 +127,7 @@ class StorageSettings(PublishedSettings, frozen=True, kw_only=True):
             "read-only directories whose models are served as they are: not copied, never written",
             example="~/.cache/huggingface/hub",
             flag=CliFlag(
-                "--library",
+                "--add-library",
                 "also serve the models in this directory, like ~/.cache/huggingface/hub: not copied, never written",
             ),
             remove_flag=CliFlag("--remove-library", "stop serving this directory"),

@@ -79,6 +79,8 @@ def check_value(setting: Setting, value: object, source: str) -> Any:
     """Return a value as the setting's struct holds it. A number may be text. Raises BadInput naming the source."""
     try:
         plain = setting.unit.parse(value) if setting.is_text and setting.unit and isinstance(value, str) else value
+        if setting.is_text and not isinstance(value, str):
+            raise BadInput("a number without a unit")
         checked = msgspec.convert(plain, setting.type, strict=False)
         if not setting.is_list:
             return checked

@@ -105,7 +105,8 @@ def parse_query(query: Mapping[str, str], last_event_id: str) -> EventQuery:
     elif "after" in query:
         begin["after"] = _number("after", query["after"], _MAX_CURSOR)
     elif "since" in query:
-        begin["since_s"] = parse_duration_s(query["since"])
+        since = query["since"]
+        begin["since_s"] = parse_duration_s(f"{since}s" if since.isdigit() else since)
     elif "last" in query:
         begin["last"] = _number("last", query["last"], MAX_LAST)
     follow = query.get("follow", "true")

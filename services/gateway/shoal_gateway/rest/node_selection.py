@@ -5,7 +5,7 @@ from __future__ import annotations
 from shoal_common.errors import BadInput, NodeDown
 from shoal_common.messages.downloads import ENDED_PHASES
 from shoal_common.messages.storage import ModelState, ShardState
-from shoal_common.names import ModelRef, check_node
+from shoal_common.names import ModelRef, check_node, unknown_name
 from shoal_gateway.cluster.snapshot import ClusterSnapshot
 from shoal_gateway.cluster.status_view import known_nodes
 
@@ -15,7 +15,8 @@ NodeSelection = list[str] | str | None
 
 
 def select_download_nodes(snapshot: ClusterSnapshot, nodes: NodeSelection, own_node: str) -> list[str]:
-    """Return the nodes that download: `own_node` by default. Raises NodeDown unless all their fetchers are live."""
+    """Return the nodes that download: `own_node` by default. Raises NodeDown unless all their fetchers are live,
+    NotFound for a node that is not known."""
     return _live(snapshot, _named(snapshot, nodes, "fetcher") or [own_node], "fetcher")
 
 
@@ -69,6 +70,10 @@ def _named(snapshot: ClusterSnapshot, nodes: NodeSelection, service: str) -> lis
 
 def _live(snapshot: ClusterSnapshot, nodes: list[str], service: str) -> list[str]:
     down = [n for n in nodes if not snapshot.is_live(n, service)]
+    known = known_nodes(snapshot)
+    for node in down:
+        if node not in known:
+            raise unknown_name("node", node, known, f"the nodes are {', '.join(known) or 'none'}")
     if down:
         raise NodeDown(
             f"{', '.join(_down_reason(snapshot, n, service) for n in down)}; nothing was sent: start the node with "
@@ -82,4 +87,4 @@ def _live(snapshot: ClusterSnapshot, nodes: list[str], service: str) -> list[str
 def _down_reason(snapshot: ClusterSnapshot, node: str, service: str) -> str:
     if snapshot.live.get(node):
         return f"the {service} of node {node} is down"
-    return f"node {node} is down" if node in known_nodes(snapshot) else f"there is no node {node}"
+    return f"node {node} is down"

@@ -3,7 +3,8 @@
 StageError
 ├── FatalError              ends the child: `Fatal`, exit status 1
 │   ├── UnsupportedArchitecture
-│   ├── LoadFailed          files missing or damaged, or a context that nobody states
+│   ├── LoadFailed          files missing, or a context that nobody states
+│   │   └── UnreadableModel     files that do not load: damaged, or of a format that is not known
 │   ├── UnusableTokenizer   the tokenizer aborts, loops, or takes too much memory
 │   ├── ComputeStuck        one forward pass outlived its deadline: its thread cannot be stopped
 │   └── BadControl          the parent said something that does not decode, or in the wrong order
@@ -17,7 +18,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from shoal_common.errors import ErrorBody, InternalError, ShoalError, StageLost, Unsupported
+from shoal_common.errors import ErrorBody, InternalError, LoadError, ShoalError, StageLost, Unsupported
+
+_MAX_REASON_CHARS = 400
+"""mlx-lm lists every tensor that it misses."""
 
 
 class StageError(Exception):
@@ -47,6 +51,17 @@ class UnsupportedArchitecture(FatalError):
 
 class LoadFailed(FatalError):
     """The model's files are missing, damaged or incomplete."""
+
+
+class UnreadableModel(LoadFailed):
+    """The model's files do not load: the next attempt ends in the same way unless somebody repairs them."""
+
+    meaning = LoadError
+
+    @classmethod
+    def because(cls, what: str, error: Exception) -> UnreadableModel:
+        """Return it on one line: what does not load, and the library's words."""
+        return cls(f"cannot load {what}: {type(error).__name__}: {' '.join(str(error).split())[:_MAX_REASON_CHARS]}")
 
 
 class UnusableTokenizer(FatalError):

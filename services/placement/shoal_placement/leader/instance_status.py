@@ -6,9 +6,12 @@ from collections.abc import Iterable, Mapping, Set
 
 import msgspec
 
-from shoal_common.errors import ErrorBody, NoMemory, StageLost
+from shoal_common.errors import ErrorBody, LoadError, NoMemory, StageLost, Unsupported
 from shoal_common.liveness.availability import down_text
 from shoal_common.messages.instances import InstanceSpec, InstanceState, StageSpec, StageState
+
+_FINAL = (NoMemory.code, LoadError.code, Unsupported.code)
+"""Codes of errors after which a stage is not started again."""
 
 
 def instance_status(
@@ -21,19 +24,20 @@ def instance_status(
 ) -> InstanceState:
     """Return the state of an instance: ready when all stages are; degraded when it was ready and a stage is not.
 
-    A forced stage that was killed on OOM is not started again, so its instance is failed even if it was ready before.
+    A stage that was killed on OOM, or whose model does not load, is not started again, so its instance is failed even
+    if it was ready before.
     `stays_because`: why an instance that should move to other nodes cannot. `down_since_s`: by node that is down.
     """
     present = set(live)
     own = _own_stages(spec, stages)
     ready = [s.rank for s in spec.stages if s.rank in own and own[s.rank].phase == "ready" and s.node in present]
     failed = [own[s.rank].error for s in spec.stages if s.rank in own and own[s.rank].phase == "failed"]
-    oom_killed = any(error is not None and error.code == NoMemory.code for error in failed)
+    is_final = any(error is not None and error.code in _FINAL for error in failed)
     waiting_for = _node_down_error(spec, present, stays_because, down_since_s)
     was_up = before is not None and before.epoch == spec.epoch and before.phase in ("ready", "degraded")
     if len(ready) == len(spec.stages):
         phase, error = "ready", None
-    elif was_up and not oom_killed:
+    elif was_up and not is_final:
         phase, error = "degraded", next((e for e in failed if e is not None), waiting_for)
     elif failed:
         phase, error = "failed", next((e for e in failed if e is not None), None)

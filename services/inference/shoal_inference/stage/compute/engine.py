@@ -17,7 +17,7 @@ from shoal_common.errors import InternalError
 from shoal_common.messages.generation import Generate, TokenEvent
 from shoal_inference.stage.compute import architectures, mlx_lm_adapter, prefill
 from shoal_inference.stage.compute.shard import LoadedShard, load_shard
-from shoal_inference.stage.errors import LoadFailed
+from shoal_inference.stage.errors import FatalError, LoadFailed, UnreadableModel
 from shoal_inference.stage.ipc.messages import Loaded, Start
 from shoal_inference.stage.ring.frames import ITEM_BYTES, Dtype, Open
 
@@ -109,10 +109,12 @@ class Engine:
             raise LoadFailed(f"{model_dir} has no config.json: the model is not on this node, run `shoal pull`")
         try:
             config = mlx_lm_adapter.load_config(model_dir)
-        except (OSError, ValueError) as error:
-            raise LoadFailed(f"cannot read config.json of {model_dir}: {error}") from error
-        model_type = architectures.resolve(config, mlx_lm_adapter.remapping())
-        self.context_tokens = architectures.context_tokens(start.context_tokens, config)
+            model_type = architectures.resolve(config, mlx_lm_adapter.remapping())
+            self.context_tokens = architectures.context_tokens(start.context_tokens, config)
+        except FatalError:
+            raise
+        except Exception as error:  # whatever a file makes mlx-lm raise
+            raise UnreadableModel.because(f"the configuration in {model_dir}", error) from error
         mlx_lm_adapter.raise_wired_limit()
         shard = load_shard(model_dir, start.first_layer, start.last_layer, start.leaves)
         if shard.is_first != (start.rank == 0) or shard.is_last != (start.rank == start.stages - 1):
@@ -142,8 +144,8 @@ class Engine:
             model_dir = Path(self._start.model_dir)
             try:
                 self._tokenizer = mlx_lm_adapter.Tokenizer(model_dir, self._config)
-            except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-                raise LoadFailed(f"cannot load the tokenizer of {model_dir}: {error}") from error
+            except Exception as error:  # the tokenizer's library raises plain ones
+                raise UnreadableModel.because(f"the tokenizer in {model_dir}", error) from error
 
     def plan(self, ask: Generate, prompt: Sequence[int]) -> prefill.PrefillPlan:
         """Rank 0: admit. Raises BadInput, PromptTooLong."""
@@ -199,7 +201,7 @@ class Engine:
         return len(self._sessions), mx.get_active_memory(), mx.get_peak_memory()
 
     def _sample(self, shard: LoadedShard, answer: _Sampler, h: mx.array) -> TokenEvent:
-        if answer.ask.temperature > 0:
+        if not mlx_lm_adapter.is_greedy(answer.ask.temperature, answer.ask.top_p):
             # mlx-lm samples from the global state; requests interleave, so it is set for each token.
             mx.random.seed(step_seed(answer.ask.seed, answer.index))
         token: Any = answer.sampler(shard.log_probabilities(h)).item()

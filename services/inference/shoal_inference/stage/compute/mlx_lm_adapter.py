@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,7 +32,7 @@ Model = Any
 """An mlx-lm model: `mlx.nn.Module` reaches its name through star imports that mypy does not follow."""
 
 Sampler = Callable[[mx.array], mx.array]
-"""Log probabilities (1, vocabulary) to token ids (1,)."""
+"""Log probabilities (1, vocabulary), float32, to token ids (1,)."""
 
 
 class Cache(Protocol):
@@ -46,8 +47,24 @@ def remapping() -> Mapping[str, str]:
     return names
 
 
+def check_object(path: Path) -> None:
+    """Raise ValueError naming a JSON file that does not hold an object."""
+    try:
+        held = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path.name} is no JSON: {error}") from None
+    if not isinstance(held, dict):
+        raise ValueError(f"{path.name} holds a {type(held).__name__}, not an object")
+
+
 def load_config(model_dir: Path) -> dict[str, Any]:
-    """config.json, with generation_config.json's end-of-text ids over its own, as mlx-lm has it."""
+    """config.json, with generation_config.json's end-of-text ids over its own, as mlx-lm has it.
+
+    Raises OSError, and ValueError naming the file.
+    """
+    check_object(model_dir / "config.json")
+    if (model_dir / "generation_config.json").exists():
+        check_object(model_dir / "generation_config.json")
     config: dict[str, Any] = utils.load_config(model_dir)
     return config
 
@@ -82,8 +99,19 @@ def attention_mask(h: mx.array, layer_cache: Cache, window: int | None) -> mx.ar
     return mask
 
 
+GREEDY_TEMPERATURE = 1e-4
+GREEDY_TOP_P = 1e-6
+"""Below either, the likeliest token is taken: in MLX's float32 1 / 1e-39 is infinite, and 1e-39 itself is 0."""
+
+
+def is_greedy(temperature: float, top_p: float) -> bool:
+    """Whether the likeliest token is always taken."""
+    return temperature < GREEDY_TEMPERATURE or top_p < GREEDY_TOP_P
+
+
 def make_sampler(temperature: float, top_p: float) -> Sampler:
-    """Greedy at temperature 0."""
+    """Takes float32; greedy where `is_greedy`."""
+    temperature = 0.0 if is_greedy(temperature, top_p) else temperature
     sampler: Sampler = sample_utils.make_sampler(temp=temperature, top_p=top_p)
     return sampler
 
@@ -127,7 +155,16 @@ class Tokenizer:
 
     def __init__(self, model_dir: Path, config: Mapping[str, Any]) -> None:
         # mlx-lm takes a path that does not exist for a repository and downloads it: the caller has checked.
-        self._inner: Any = utils.load_tokenizer(model_dir, eos_token_ids=config.get("eos_token_id"))
+        for path in map(model_dir.joinpath, ("tokenizer_config.json", "tokenizer.json")):
+            if path.exists():
+                check_object(path)
+        try:
+            self._inner: Any = utils.load_tokenizer(model_dir, eos_token_ids=config.get("eos_token_id"))
+        except Exception as error:
+            raise ValueError(
+                f"tokenizer.json, or a file beside it, is of a format that tokenizers {version('tokenizers')} does "
+                f"not know ({type(error).__name__}: {error})"
+            ) from error
         # Decoding runs on the thread that computes.
         backend = getattr(self._inner, "backend_tokenizer", None)
         if backend is not None and backend.decoder is not None:

@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from shoal_inference.stage.compute import mlx_lm_adapter
 from shoal_inference.stage.compute.slice_bounds_check import check_leaves_present
-from shoal_inference.stage.errors import LoadFailed
+from shoal_inference.stage.errors import FatalError, LoadFailed, UnreadableModel
 
 Layer = Callable[[mx.array, Any, mlx_lm_adapter.Cache], mx.array]
 
@@ -85,17 +85,21 @@ class LoadedShard:
         return h
 
     def log_probabilities(self, h: mx.array) -> mx.array:
-        """(1, tokens, width) after the last layer to (1, vocabulary) of the last position."""
+        """(1, tokens, width) after the last layer to (1, vocabulary) of the last position, float32.
+
+        A model's own type is too narrow: float16 has 11 bits, and turns a division by a small temperature into
+        infinities.
+        """
         if self._head is None:
             raise RuntimeError("only the last stage has a head")
-        logits = self._head(self._backbone.norm(h))[:, -1, :]
+        logits = self._head(self._backbone.norm(h))[:, -1, :].astype(mx.float32)
         return logits - mx.logsumexp(logits, keepdims=True)
 
 
 def load_shard(
     model_dir: Path, first_layer: int, last_layer: int, leaves: Mapping[str, Sequence[Sequence[int]]] | None = None
 ) -> LoadedShard:
-    """Cut and read the shard; what does not load raises LoadFailed with mlx-lm's words.
+    """Cut and read the shard; what does not load raises UnreadableModel with mlx-lm's words.
 
     `leaves`: of files of which not all is there, the leaves that are. LoadFailed when the shard reads others.
     """
@@ -104,6 +108,8 @@ def load_shard(
         if leaves:
             check_leaves_present(model_dir, first_layer, last_layer, leaves, shard.weight_bytes)
         shard.read()
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
-        raise LoadFailed(f"cannot load the model's files: {type(error).__name__}: {error}") from error
+    except FatalError:
+        raise
+    except Exception as error:  # whatever a file makes mlx-lm raise
+        raise UnreadableModel.because(f"the weights in {model_dir}", error) from error
     return shard

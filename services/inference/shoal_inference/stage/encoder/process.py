@@ -31,7 +31,7 @@ from shoal_inference.stage.encoder.messages import (
     PromptEncoded,
     TokenizerLoaded,
 )
-from shoal_inference.stage.errors import LoadFailed, UnusableTokenizer
+from shoal_inference.stage.errors import LoadFailed, UnreadableModel, UnusableTokenizer
 
 _WATCH_INTERVAL_S = 0.05
 _LOAD_ELAPSED_S = 600.0
@@ -145,7 +145,7 @@ class PromptEncoder:
     async def load(self) -> frozenset[int]:
         """Start the process, load the tokenizer and try it; return the ids that end an answer.
 
-        Raises LoadFailed when its files are missing or damaged, and UnusableTokenizer when it exceeds the limits or
+        Raises UnreadableModel when its files do not load, and UnusableTokenizer when it exceeds the limits or
         aborts: another attempt would end in the same way.
         """
         unusable = f"the tokenizer in {self._model_dir} cannot be used"
@@ -159,7 +159,7 @@ class PromptEncoder:
                 raise UnusableTokenizer(f"{unusable}: {answer.reason}")
             if not isinstance(answer, TokenizerLoaded):
                 reason = answer.reason if isinstance(answer, EncodingFailed) else "it sent something else"
-                raise LoadFailed(f"cannot load the tokenizer of {self._model_dir}: {reason}")
+                raise UnreadableModel(f"cannot load the tokenizer in {self._model_dir}: {' '.join(reason.split())}")
         except _EncoderEnded as error:
             process.kill()
             raise UnusableTokenizer(f"{unusable}: {error}") from None
