@@ -38,7 +38,20 @@ def status(
     from shoal_cli.render.tables import render_status  # noqa: PLC0415
 
     cli.out.print(render_status(msgspec.convert(answer, StatusView)))
+    _print_problems(cli)
     return 0
+
+
+def _print_problems(cli: CliContext) -> None:
+    """Print what keeps this machine's services from their work although they run."""
+    from rich.text import Text  # noqa: PLC0415
+
+    from shoal_cli.node.down import supervisor_status  # noqa: PLC0415
+
+    supervisor = supervisor_status(cli.home)
+    for child in supervisor.children if supervisor else []:
+        if child.problem:
+            cli.err.print(Text(f"{child.name}: {child.problem}", style="red"), soft_wrap=True)
 
 
 def _explain_missing_gateway(cli: CliContext) -> None:
@@ -49,7 +62,7 @@ def _explain_missing_gateway(cli: CliContext) -> None:
     supervisor = supervisor_status(cli.home)
     if supervisor is None:
         return
-    not_ready = [f"{c.name} ({not_ready_reason(c)})" for c in supervisor.children if c.phase != "ready"]
+    not_ready = [f"{c.name} ({not_ready_reason(c)})" for c in supervisor.children if c.phase != "ready" or c.problem]
     raise Unavailable(
         f"node {supervisor.node} is running (supervisor pid {supervisor.pid}), but its gateway does not answer; "
         f"not ready: {', '.join(not_ready) or 'nothing'}; see `shoal logs`"
