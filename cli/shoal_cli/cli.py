@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -165,12 +166,19 @@ def run(arguments: Sequence[str]) -> int:
     except PermissionError as e:
         return _fail(e, permission_denied_message(e), Denied.exit_code, environ)
     except OSError as e:
-        named = wrong_kind(e)
+        named = wrong_kind(e) or _disk_error(e, environ)
         if named is None:
             return _fail(e, _unexpected(e), 1, environ)
         return _fail(e, named.message, named.exit_code, environ)
     except Exception as e:  # noqa: BLE001  # people get one line, never a traceback; SHOAL_DEBUG shows it
         return _fail(e, _unexpected(e), 1, environ)
+
+
+def _disk_error(error: OSError, environ: Mapping[str, str]) -> ShoalError | None:
+    from shoal_cli.node.home_disk import disk_error  # noqa: PLC0415
+    from shoal_common.config import home_directory  # noqa: PLC0415
+
+    return disk_error(error, Path(error.filename) if error.filename else home_directory(environ))
 
 
 def _unexpected(error: Exception) -> str:

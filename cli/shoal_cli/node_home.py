@@ -10,6 +10,7 @@ Directories have mode 0700 and files 0600: another user of the machine reads non
   api.key                    the key of its gateway
   chat_history               lines typed into `shoal run`
   nats/                      JetStream's store, on the node that runs NATS
+    ballast                    given up first when its disk is full; none on the disk of the models, which have one
   store/                     the models
   log/<service>.log[.1|.2]   of each service, NATS and the supervisor
   run/                       of this run only:
@@ -41,6 +42,7 @@ class Home:
         self.run = root / "run"
         self.logs = root / "log"
         self.nats_store = root / "nats"
+        self.nats_ballast = self.nats_store / "ballast"
         self.chat_history = root / "chat_history"
         self.lock = self.run / "lock"
         self.pid = self.run / "supervisor.pid"

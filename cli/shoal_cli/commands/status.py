@@ -39,18 +39,22 @@ def status(
     from shoal_cli.render.tables import render_status  # noqa: PLC0415
 
     cli.draw(render_status(msgspec.convert(answer, StatusView)))
-    if cli.has_own_gateway:
-        _print_own_node(cli)
+    _print_own_node(cli)
     return 0
 
 
 def _print_own_node(cli: CliContext) -> None:
-    """Print what this machine's node was told and has chosen."""
+    """Print what keeps this machine's services from their work, what its node was told, and what it has chosen."""
+    from rich.text import Text  # noqa: PLC0415
+
     from shoal_cli.node.down import supervisor_status  # noqa: PLC0415
     from shoal_cli.node.startup_report import ports_text  # noqa: PLC0415
 
     node = supervisor_status(cli.home)
-    if node is None or not node.bind:
+    for child in node.children if node else []:
+        if child.problem:
+            cli.err.print(Text(f"{child.name}: {child.problem}", style="red"), soft_wrap=True)
+    if node is None or not node.bind or not cli.has_own_gateway:
         return
     rows = {
         "bound to": node.bind,
@@ -74,7 +78,7 @@ def _explain_missing_gateway(cli: CliContext) -> None:
     supervisor = supervisor_status(cli.home)
     if supervisor is None:
         return
-    not_ready = [f"{c.name} ({not_ready_reason(c)})" for c in supervisor.children if c.phase != "ready"]
+    not_ready = [f"{c.name} ({not_ready_reason(c)})" for c in supervisor.children if c.phase != "ready" or c.problem]
     raise Unavailable(
         f"node {supervisor.node} is running (supervisor pid {supervisor.pid}), but its gateway does not answer; "
         f"not ready: {', '.join(not_ready) or 'nothing'}; see `shoal logs`"

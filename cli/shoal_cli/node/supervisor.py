@@ -17,6 +17,7 @@ from shoal_cli.membership.operator_files import OperatorFiles
 from shoal_cli.node import control
 from shoal_cli.node.children import nats_process, orphans
 from shoal_cli.node.children.child_process import ChildProcess
+from shoal_cli.node.children.nats_disk import NatsDisk
 from shoal_cli.node.children.readiness import HttpHealthReadiness, NatsInfoReadiness, Readiness, SdNotifyReadiness
 from shoal_cli.node.children.restart_policy import ChildStatus, readiness
 from shoal_cli.node.logs import nats_format
@@ -35,16 +36,16 @@ from shoal_cli.node_home import Home
 from shoal_common.bus.connection import connected, login_of
 from shoal_common.concurrency.cancellation import cancel_and_wait
 from shoal_common.concurrency.notifier import Notifier
-from shoal_common.config import is_loopback, read_settings_file
-from shoal_common.errors import BadMessage, Expired, NotFound, Refused, Unavailable
+from shoal_common.config import is_loopback, read_settings_file, store_directory
+from shoal_common.errors import BadMessage, DiskFull, Expired, NotFound, Refused, Unavailable
 from shoal_common.host.addresses import join_host
 from shoal_common.host.interfaces import read_interfaces
 from shoal_common.http.scheme import gateway_scheme
 from shoal_common.identity.node_identity import CLI, NodeIdentity
 from shoal_common.logs import StructuredLogger
-from shoal_common.settings.node import NodeSettings, PortSettings, TlsSettings
+from shoal_common.settings.node import NodeSettings, PortSettings, StorageSettings, TlsSettings
 from shoal_common.settings.ports import fileserver_ports, stage_ports
-from shoal_common.settings.values import read_settings
+from shoal_common.settings.values import read_settings, read_valid_settings
 
 log = StructuredLogger("supervisor")
 
@@ -67,6 +68,8 @@ class Supervisor:
         self._operator_files = OperatorFiles(home.root)
         self._operator: Operator | None = None
         self._operating: asyncio.Task[None] | None = None
+        self._nats_disk = self._make_nats_disk()
+        self._watching_disk: asyncio.Task[None] | None = None
         self._started_at_s = time.time()
         self._stopping = asyncio.Event()
         self._changed = Notifier()
@@ -106,8 +109,9 @@ class Supervisor:
         finally:
             # The services publish their end over NATS: it stops after them.
             await asyncio.gather(*(c.stop() for name, c in self._children.items() if name != "nats"))
-            if self._operating is not None:
-                await cancel_and_wait(self._operating)
+            for task in (self._operating, self._watching_disk):
+                if task is not None:
+                    await cancel_and_wait(task)
             if "nats" in self._children:
                 await self._children["nats"].stop()
             self._home.children.unlink(missing_ok=True)
@@ -137,10 +141,14 @@ class Supervisor:
         self._write_nats_config(plan.nats_port)
         nats_ready = NatsInfoReadiness(home)
         self._keep(tasks, nats_spec(program, home.nats_config, self._environ), nats_ready)
+        self._watching_disk = tasks.create_task(
+            self._nats_disk.watch_forever(self._children["nats"], self._on_change)
+        )
         await self._wait_for(lambda: readiness(self._statuses()) != "waiting", _NATS_DEADLINE_S)
         if self._stopping.is_set():
             return
         if nats_ready.ports is None:
+            self._require_room()
             [child] = not_ready(home, self._statuses())
             last = nats_format.message_of(child.tail[-1]) if child.tail else "its log is empty"
             raise Unavailable(f"NATS does not start ({child.reason}): {last}; see {child.log}")
@@ -153,7 +161,18 @@ class Supervisor:
             operator.run(self._nats_urls[0], [f"tls://{self._cluster_address(port)}"], self._changed.notify)
         )
         if not await self._wait_for(lambda: operator.is_ready, _NATS_DEADLINE_S) and not self._stopping.is_set():
+            self._require_room()
             raise Unavailable(f"NATS runs, but its streams cannot be made: see {home.log('supervisor')}")
+
+    def _make_nats_disk(self) -> NatsDisk:
+        settings = read_settings_file(self._home.root)
+        store = store_directory(self._home.root, settings) if "storage" in self._plan.services else None
+        storage, _ = read_valid_settings(StorageSettings, settings, self._environ)
+        return NatsDisk(self._home, store, storage.ballast_bytes)
+
+    def _require_room(self) -> None:
+        if self._nats_disk.problem:
+            raise DiskFull(self._nats_disk.problem)
 
     async def _check_membership(self) -> None:
         """Raise Denied if the cluster does not know this node any more: one line, not six services in a loop."""
@@ -200,6 +219,7 @@ class Supervisor:
         tasks.create_task(child.run())
 
     def _translate_nats_line(self, line: bytes) -> bytes:
+        self._nats_disk.read_log_line(line)
         return self._nats_log.translate(line, time.time())
 
     async def _report_started(self, on_started: Callable[[StartupReport], None]) -> None:

@@ -20,6 +20,7 @@ from rich.console import Console
 from shoal_cli.membership.operator_files import OperatorFiles
 from shoal_cli.node.children.orphans import kill_orphans, refuse_copy
 from shoal_cli.node.control import MAX_LINE_BYTES, ControlReply
+from shoal_cli.node.home_disk import disk_errors_named, free_ballasts
 from shoal_cli.node.logs.log_rotation import LogStream, RotatingLog, tail
 from shoal_cli.node.node_plan import NodePlan, UpOptions, make_plan
 from shoal_cli.node.ports import with_free_ports
@@ -79,7 +80,9 @@ def run_node(
     remember_secrets(environ)
     file_limit = set_up_process()
     home = Home(Path(options.home))
-    with wrong_kinds_named():
+    with wrong_kinds_named(), disk_errors_named(home.root):
+        if done := free_ballasts(home):
+            report_line(done)
         _run_locked(home, options, python_environment(environ), on_started, report_line, file_limit)
 
 
@@ -167,7 +170,10 @@ def _in_background(options: UpOptions, environ: Mapping[str, str], out: Console,
     The options go through its stdin, not its arguments: a NATS URL may hold a secret, and every user can read those.
     """
     home = Home(Path(options.home))
-    home.create()
+    with disk_errors_named(home.root):
+        if done := free_ballasts(home):
+            err.print(f"  {done}", markup=False, soft_wrap=True)
+        home.create()
     with os.fdopen(open_private(home.log("supervisor"), os.O_WRONLY | os.O_APPEND), "ab") as log_file:
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "shoal_cli.node.daemonize", options.home],

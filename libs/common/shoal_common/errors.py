@@ -19,6 +19,7 @@
     ├── Busy                too many requests; try again in a moment       429  exit 5
     ├── Unavailable         something needed is down                       503  exit 5
     │   ├── HubUnavailable      the hub does not answer
+    │   ├── NatsDown            NATS does not answer, or does not store
     │   ├── NodeDown            a node or its service is not live
     │   └── StageLost           an instance lost a stage
     ├── Denied              a credential is missing or refused             401  exit 6
@@ -213,6 +214,12 @@ class HubUnavailable(Unavailable):
     """The hub does not answer, or answers with a server error."""
 
     code = "hub_unavailable"
+
+
+class NatsDown(Unavailable):
+    """NATS has not answered for long, or has not stored what was sent."""
+
+    code = "nats_down"
 
 
 class NodeDown(Unavailable):

@@ -20,6 +20,9 @@ SERVICES = ("storage", "fetcher", "fileserver", "placement", "inference", "gatew
 # Hugging Face: one or two parts of up to 96 characters. A part never starts or ends with '.' or '-', and contains
 # neither '..' nor '--', which keeps `<org>--<name>` on disk unambiguous.
 _PART = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?")
+_MAX_REPO_CHARACTERS = 200
+"""Twice for each capital, as in names on disk, which have at most 255 bytes. The hub allows 96 in all."""
+_CAPITALS = re.compile(r"[A-Z]")
 _REVISION = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._/-]{0,126}[A-Za-z0-9_])?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _NODE = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
@@ -77,6 +80,10 @@ class ModelRef(msgspec.Struct, frozen=True):
             raise BadName(
                 f"{text[:200]!r} is not a model: write org/name or org/name@revision, "
                 "for example mlx-community/Qwen3-0.6B-4bit"
+            )
+        if len(repo) + len(_CAPITALS.findall(repo)) > _MAX_REPO_CHARACTERS:
+            raise BadName(
+                f"{repo[:80]!r}… is longer than the name of a model: at most {_MAX_REPO_CHARACTERS} characters"
             )
         if at and (not _REVISION.fullmatch(revision) or ".." in revision or "//" in revision):
             raise BadName(f"{revision[:200]!r} is not a revision: give a branch, a tag or a commit")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
 from typing import Protocol
 
 from msgspec import structs
@@ -256,8 +256,10 @@ class Progress:
             await asyncio.sleep(self._wait_s if self._wait_s > 0 else PUBLISH_INTERVAL_S)
             if self._wait_s <= 0 and (self._dirty or self.state.speed_bytes_per_s):
                 # Bytes may arrive from the hub while NATS is down: the next second retries.
-                with suppress(Unavailable):
+                try:
                     await self.publish()
+                except Unavailable:
+                    self.mark_progress()  # what waits for NATS does not stall
 
     async def close(self) -> None:
         """Run what waits for a publish."""

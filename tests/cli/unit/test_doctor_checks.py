@@ -22,7 +22,7 @@ from shoal_cli.doctor.checks.services import ServiceFacts, SystemdUnit
 from shoal_cli.doctor.finding import Finding
 from shoal_cli.doctor.probes.local_node import servers_of
 from shoal_cli.doctor.probes.systemd_units import parse
-from shoal_cli.doctor.reachability import ConnectError, OsInfo, connect_remedy
+from shoal_cli.doctor.reachability import ConnectError, OsInfo, connect_remedy, describe
 from shoal_cli.node.children.restart_policy import ChildStatus
 from shoal_cli.node.control import SupervisorStatus
 from shoal_common.bus.streams import stream_configs
@@ -209,7 +209,7 @@ LAN = (Interface("en0", "wifi", 0, ("192.168.1.5/24",)),)
 )
 def test_each_connect_error_has_a_remedy(error: ConnectError, address: str, system: OsInfo, text: str) -> None:
     assert text in connect_remedy(error, address, system, "the other")
-    assert reachability.describe(error, "")
+    assert describe(error, "")
 
 
 # NATS

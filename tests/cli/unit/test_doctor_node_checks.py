@@ -36,7 +36,7 @@ from shoal_cli.doctor.run import CHECKS, DoctorReport
 from shoal_common.messages.liveness import ProcessIdentity
 from shoal_common.messages.storage import LibraryState, StorageState, VolumeState
 from shoal_common.settings.node import StorageSettings
-from shoal_storage.files import ballast
+from shoal_common.store import ballast
 from tests.cli.unit.test_doctor_checks import GB, assert_finding, only
 
 # Clocks

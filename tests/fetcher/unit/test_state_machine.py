@@ -11,6 +11,7 @@ from shoal_common.errors import (
     DiskFull,
     HubUnavailable,
     InternalError,
+    NatsDown,
     NotFound,
     QuotaExceeded,
     ShoalError,
@@ -65,6 +66,18 @@ def test_without_leaf_lists_all_layers_are_fetched() -> None:
 
 
 # Retries
+
+
+def test_an_outage_of_NATS_ends_no_download() -> None:
+    out, life = NatsDown("NATS has not answered for 60 s"), requested([])
+    for _ in range(50):
+        assert isinstance(life.on(failed(out))[-1], ev.Wait) and life.phase == "queued"
+        life.on(ev.WaitOver())
+    life.on(ev.Resolved([]))
+    for at_work in ((), (ev.Reserved(),), (ev.Reserved(), ev.Fetched())):
+        for _ in range(50):
+            assert life.on(*at_work, failed(out))[-1] == ev.ReserveSpace(again=True)
+            assert life.phase == "reserving"
 
 
 def test_a_down_hub_is_asked_four_times() -> None:

@@ -16,10 +16,10 @@ from shoal_common.messages.envelope import Empty
 from shoal_common.messages.storage import CheckSpace, CollectGarbage, Reserve
 from shoal_common.names import ModelId
 from shoal_common.settings.node import StorageSettings
+from shoal_common.store.ballast import BallastFile, next_step
 from shoal_common.store.disk_full import map_disk_full
 from shoal_common.store.verification_stamp import write_stamp
 from shoal_storage.eviction import executor as room_module
-from shoal_storage.files.ballast import BallastFile, next_step
 from tests.harness.fresh import Fresh
 from tests.harness.nats import NatsServer
 from tests.harness.tiny_filesystem import fill, fill_more, free_bytes, small_disk

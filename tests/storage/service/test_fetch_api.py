@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from shoal_common.bus.keys import instance_key, model_key
-from shoal_common.errors import Corrupt, NotFound, Unavailable
+from shoal_common.errors import BadInput, Corrupt, NotFound, Unavailable
 from shoal_common.messages.instances import InstanceSpec
 from shoal_common.messages.storage import CommitBlob, Delete, Release, Reserve, SealModel
+from shoal_storage.admission.name_folding import NameFolding
 from shoal_storage.files.hashing import FileHashes
 from shoal_storage.handlers import fetch
 from shoal_storage.leases import last_use as uses_module
@@ -128,3 +129,16 @@ async def test_I2_blobs_found_missing_at_a_seal_unpublish_models(
         assert await here.buckets.state.get(key) is None
         assert parts.ledger.incomplete.keys() == {first.name} and not parts.ledger.manifests
         parts.disk.layout.manifest(first.manifest.model).unlink()  # for the check of I2
+
+
+async def test_twins_are_refused_before_a_byte_where_names_fold(
+    nats: NatsServer, fresh: Fresh, tmp_path: Path
+) -> None:
+    twins = Model("org/twins", {"README.md": b"one", "readme.md": b"other"})
+    async with storage_parts(nats, tmp_path, fresh("storage"), with_specs=False) as parts:
+        parts.disk.name_folding = NameFolding(case=True, forms=True)
+        with pytest.raises(BadInput, match=r"'README\.md' and 'readme\.md'"):
+            await parts.fetch.reserve(Reserve(manifest=twins.manifest))
+        assert files_below(parts.disk.layout.root) == set()
+        parts.disk.name_folding = NameFolding()
+        assert len((await parts.fetch.reserve(Reserve(manifest=twins.manifest))).missing) == 2

@@ -221,8 +221,8 @@ def test_a_second_process_is_refused_and_the_locks_owner_named(root: Path) -> No
 
 def test_a_store_of_another_format_is_refused_untouched(root: Path) -> None:
     root.mkdir()
-    (root / "VERSION").write_text("2\n")
-    with pytest.raises(Unsupported, match="has format 2; this version of Shoal supports 1: update Shoal"):
+    (root / "VERSION").write_text("3\n")
+    with pytest.raises(Unsupported, match="has format 3; this version of Shoal supports 2: update Shoal"):
         Store(root).open()
     assert {p.name for p in root.iterdir()} == {"VERSION", "lock"}
 

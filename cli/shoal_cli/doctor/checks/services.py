@@ -105,6 +105,8 @@ def _supervised(facts: ServiceFacts) -> list[Finding]:
 
 def _child(child: ChildStatus, log_tail: str) -> Finding | None:
     logs = f"see `shoal logs {child.name}`" + (f"; its last line: {log_tail}" if log_tail else "")
+    if child.problem:
+        return Finding(CHECK, "problem", child.problem, logs, child.name)
     if child.phase == "ready":
         if child.last_exit_code is None or (
             child.exits_in_a_row < MAX_EXITS_IN_A_ROW and child.restart_count < MAX_RESTARTS

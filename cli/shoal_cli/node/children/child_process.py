@@ -51,6 +51,8 @@ class ChildProcess:
         self._restart_count = 0
         self._ends_in_a_row = 0
         self._was_ready = False
+        self.problem = ""
+        """What keeps it from its work although it runs; part of `status`."""
         self._last_code: int | None = None
         self._stopping = asyncio.Event()
         self._restarting = asyncio.Event()
@@ -66,6 +68,7 @@ class ChildProcess:
             exits_in_a_row=self._ends_in_a_row,
             was_ready=self._was_ready,
             last_exit_code=self._last_code,
+            problem=self.problem,
         )
 
     async def run(self) -> None:

@@ -74,6 +74,8 @@ class ChildStatus(msgspec.Struct, frozen=True, kw_only=True):
     exits_in_a_row: int = 0
     was_ready: bool = False
     last_exit_code: int | None = None
+    problem: str = ""
+    """What keeps it from its work although it runs, in words for people."""
 
 
 Verdict = Literal["ready", "waiting", "hopeless"]
@@ -93,7 +95,9 @@ def _hopeless(child: ChildStatus) -> bool:
 
 
 def not_ready_reason(child: ChildStatus) -> str:
-    """Return why a child is not ready."""
+    """Return why a child is not ready, or does not do its work."""
+    if child.problem:
+        return child.problem
     if child.last_exit_code is None:
         return "started, not ready yet"
     return f"{describe_exit(child.last_exit_code)}, {child.exits_in_a_row} in a row"

@@ -16,7 +16,7 @@ from nats.js import errors as jse
 
 from shoal_common.bus import subjects
 from shoal_common.bus.network_use import require_network_allowed
-from shoal_common.errors import Unavailable
+from shoal_common.errors import NatsDown, Unavailable
 from shoal_common.logs import StructuredLogger
 
 T = TypeVar("T")
@@ -236,7 +236,7 @@ def lost_buckets(before: Mapping[str, BucketMark], now: Mapping[str, BucketMark]
 
 
 async def retry_while_nats_down(call: Callable[[], Awaitable[T]], deadline_s: float = OUTAGE_DEADLINE_S) -> T:
-    """Run an idempotent call, retrying while NATS is out. Raises Unavailable after `deadline_s`."""
+    """Run an idempotent call, retrying while NATS is out. Raises NatsDown after `deadline_s`."""
     require_network_allowed()
     loop = asyncio.get_running_loop()
     give_up = loop.time() + deadline_s
@@ -245,7 +245,7 @@ async def retry_while_nats_down(call: Callable[[], Awaitable[T]], deadline_s: fl
             return await call()
         except OUTAGE_ERRORS as e:
             if loop.time() >= give_up:
-                raise Unavailable(f"NATS has not answered for {deadline_s:.0f} s ({type(e).__name__})") from e
+                raise NatsDown(f"NATS has not answered for {deadline_s:.0f} s ({type(e).__name__})") from e
             await asyncio.sleep(_RETRY_INTERVAL_S)
         except ConnectionClosedError as e:
             raise Unavailable("the connection to NATS is closed") from e

@@ -42,6 +42,12 @@ def require_directory(path: Path) -> None:
         raise _in_place_of_a_directory(path)
 
 
+def require_no_broken_link(path: Path) -> None:
+    """Raise BadInput for a link to something that is not there."""
+    if path.is_symlink() and not path.exists():
+        raise _broken_link(path)
+
+
 def require_file(path: Path) -> None:
     """Raise BadInput for a path with a directory; a missing file is fine."""
     if path.is_dir():
@@ -74,12 +80,16 @@ def wrong_kind(error: BaseException) -> BadInput | None:
             continue
         for at in (path, *path.parents):
             if at.is_symlink() and not at.exists():
-                return BadInput(f"{at} is a broken link to {at.readlink()}: mount that disk, or remove the link")
+                return _broken_link(at)
             if at.exists():
                 if not at.is_dir():
                     return _in_place_of_a_directory(at)
                 break
     return None
+
+
+def _broken_link(path: Path) -> BadInput:
+    return BadInput(f"{path} is a broken link to {path.readlink()}: mount that disk, or remove the link")
 
 
 def _in_place_of_a_file(path: Path, mode: int) -> BadInput:

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from shoal_common.errors import BadInput
-from shoal_common.host.file_kinds import require_directory
+from shoal_common.host.file_kinds import require_directory, require_no_broken_link
 from shoal_common.logs import StructuredLogger
 
 log = StructuredLogger("private_files")
@@ -50,6 +50,8 @@ def make_home(home: Path) -> None:
     make_private_directory(home)
     for name in _HOME_DIRECTORIES:
         require_directory(home / name)
+        if name != "store":  # without it everything but storage runs
+            require_no_broken_link(home / name)
     deny_others(private_paths(home))
 
 

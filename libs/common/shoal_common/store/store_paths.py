@@ -1,7 +1,11 @@
-"""Paths in a store. The only place that builds them; names are checked before they come here (I10)."""
+"""Paths in a store. The only place that builds them; names are checked before they come here (I10).
+
+No two names here differ in case alone: on file systems that ignore case they would be one file.
+"""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from shoal_common.errors import BadName
@@ -18,7 +22,11 @@ from shoal_common.names import (
     repo_of,
 )
 
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
+NAMES_WITH_CASE_VERSION = "1"
+"""The format before, whose names of models had capitals. Storage renames them at its start."""
+_CAPITAL = re.compile("[A-Z]")
+_MARKED = re.compile(r"\+([a-z])")
 
 
 class StorePaths:
@@ -149,8 +157,8 @@ def view_file_path(view: Path, path: str) -> Path:
 
 
 def directory_of(repo: str) -> str:
-    """Return `org/name` as one directory name. Neither part contains `--`, so this is reversible."""
-    return repo.replace("/", "--")
+    """Return `org/name` as one directory name: `Org/X` is `+org--+x`. Reversible: a part has neither `--` nor `+`."""
+    return _CAPITAL.sub(lambda capital: f"+{capital[0].lower()}", repo).replace("/", "--")
 
 
 def model_file_name(model: ModelId) -> str:
@@ -160,7 +168,7 @@ def model_file_name(model: ModelId) -> str:
 
 def model_from_file_name(name: str) -> ModelId:
     """Return the model of a file `<org>--<name>@<commit>`. Raises BadName."""
-    model = check_model_id(name.replace("--", "/", 1))
+    model = model_from_old_file_name(_MARKED.sub(lambda marked: marked[1].upper(), name))
     if model_file_name(model) != name:
         raise BadName(f"{name!r} is not the name of a model's file")
     return model
@@ -169,3 +177,13 @@ def model_from_file_name(name: str) -> ModelId:
 def model_from_directory(directory: str, commit: str) -> ModelId:
     """Return the model of a directory `<org>--<name>` and a commit. Raises BadName."""
     return model_from_file_name(f"{directory}@{commit}")
+
+
+def model_from_old_file_name(name: str) -> ModelId:
+    """Return the model of a file of format 1, whose name has the model's capitals. Raises BadName."""
+    return check_model_id(name.replace("--", "/", 1))
+
+
+def old_manifest_path(model: ModelId) -> str:
+    """Return the path of a manifest in a store of format 1, relative to the store."""
+    return f"manifests/{repo_of(model).replace('/', '--')}/{commit_of(model)}.json"

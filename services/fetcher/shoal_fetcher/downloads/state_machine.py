@@ -23,7 +23,16 @@ import msgspec
 from msgspec import structs
 
 from shoal_common.concurrency.backoff import Backoff
-from shoal_common.errors import DiskFull, ErrorBody, HubUnavailable, Paused, QuotaExceeded, ShoalError, Unavailable
+from shoal_common.errors import (
+    DiskFull,
+    ErrorBody,
+    HubUnavailable,
+    NatsDown,
+    Paused,
+    QuotaExceeded,
+    ShoalError,
+    Unavailable,
+)
 from shoal_common.messages.downloads import ENDED_PHASES, DownloadPhase, DownloadState
 from shoal_common.models.layer_tensors import union
 from shoal_fetcher.downloads import events as ev
@@ -247,6 +256,11 @@ def _after_wait(state: Download) -> ev.Work | ev.Record:
 
 def _work_failed(state: Download, failed: ev.WorkFailed, now_s: float) -> Transition:
     error, done_bytes = failed.error, failed.done_bytes
+    if isinstance(error, NatsDown) and isinstance(state.doing, ev.Resolve | ev.ReserveSpace | ev.Fetch | ev.Seal):
+        # NATS may be out for as long as its disk is full, and that ends no download. What failed took its time.
+        if isinstance(state.doing, ev.Resolve):
+            return _do(structs.replace(state, waiting_for=error.message), ev.Wait(RETRY_BACKOFF.delay_s(1)))
+        return _reserve(state, ev.ReserveSpace(again=True))
     if isinstance(state.doing, ev.Resolve):
         failures = state.resolve_failures + 1
         if not isinstance(error, HubUnavailable) or not failed.may_retry or failures == MAX_RESOLVE_ATTEMPTS:

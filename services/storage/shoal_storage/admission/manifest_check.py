@@ -5,6 +5,7 @@ from __future__ import annotations
 from shoal_common.errors import BadInput, BadName
 from shoal_common.messages.manifest import Manifest
 from shoal_common.names import ModelRef, check_blob, check_commit, check_file_path
+from shoal_storage.admission.name_folding import NameFolding
 
 _GIT = "git-"
 
@@ -33,3 +34,13 @@ def check_manifest(manifest: Manifest) -> None:
         for end in range(1, len(segments)):
             if (parent := "/".join(segments[:end])) in paths:
                 raise BadInput(f"in the manifest of {manifest.model} {parent} is both a file and a directory")
+
+
+def check_layout(manifest: Manifest, folding: NameFolding) -> None:
+    """Raise BadInput, naming two files, if a file system that folds names so cannot hold both."""
+    clash = folding.clash(f.path for f in manifest.files)
+    if clash is not None:
+        raise BadInput(
+            f"{manifest.model} has the files {clash[0]!r} and {clash[1]!r}, which are one name on this node's disk, "
+            "as it ignores case or accents' forms: pull it on a node whose disk tells them apart"
+        )

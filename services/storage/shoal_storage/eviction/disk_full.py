@@ -13,11 +13,11 @@ from shoal_common.logs import StructuredLogger
 from shoal_common.messages.liveness import NodeFacts
 from shoal_common.messages.storage import CheckSpace, EvictionPlan, SpaceCheck
 from shoal_common.names import ModelRef
+from shoal_common.store.ballast import BallastFile, Step, next_step
 from shoal_common.store.disk_full import map_disk_full
 from shoal_storage.context import StorageContext
 from shoal_storage.eviction.executor import EvictionExecutor
 from shoal_storage.eviction.planner import to_message
-from shoal_storage.files.ballast import BallastFile, Step, next_step
 from shoal_storage.section import Held
 
 Q = TypeVar("Q")

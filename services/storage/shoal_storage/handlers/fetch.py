@@ -29,7 +29,7 @@ from shoal_common.names import ModelId, ModelRef, check_blob, check_model_id
 from shoal_common.store.bitmap import leaf_count
 from shoal_common.store.leaf_hash import hash_leaf_list
 from shoal_storage.admission.admission import Admission
-from shoal_storage.admission.manifest_check import check_manifest
+from shoal_storage.admission.manifest_check import check_layout, check_manifest
 from shoal_storage.context import StorageContext
 from shoal_storage.eviction.executor import EvictionExecutor
 from shoal_storage.eviction.model_deleter import ModelDeleter
@@ -74,6 +74,7 @@ class FetchApi:
     async def reserve(self, request: Reserve) -> ReserveResult:
         """Approve a fetch and reserve its bytes, or raise QuotaExceeded."""
         check_manifest(request.manifest)
+        check_layout(request.manifest, self._store.name_folding)
         # From its arrival on: a release that arrives later must find the reservation that it ends.
         async with self._evictions.turn:
             manifest, sha256_by_git_name = await self._with_known_hashes(request.manifest)

@@ -15,7 +15,7 @@ from shoal_common.errors import BadName, ShoalError
 from shoal_common.messages import DECODE_ERRORS, decode
 from shoal_common.messages.manifest import Manifest, ManifestFile, content_commit
 from shoal_common.names import LOCAL_REVISION, ModelId, ModelRef, check_commit, check_file_path
-from shoal_common.store.store_paths import FORMAT_VERSION, StorePaths
+from shoal_common.store.store_paths import FORMAT_VERSION, NAMES_WITH_CASE_VERSION, StorePaths, old_manifest_path
 from shoal_storage.admission.manifest_check import check_manifest
 from shoal_storage.ledger.library_model import FileStat, LibraryFile, LibraryModel, VerifiedFile
 
@@ -279,7 +279,7 @@ def _read_plain(listing: LibraryListing, paths: list[str], directory: str, resul
 
 def _read_store(listing: LibraryListing, paths: list[str], result: RecognizedModels) -> None:
     version = listing.texts.get("VERSION", b"").decode(errors="replace").strip()
-    if version != FORMAT_VERSION:
+    if version not in (FORMAT_VERSION, NAMES_WITH_CASE_VERSION):
         result.refused[listing.path] = f"it is a store of format {version[:20]!r}: update Shoal"
         return
     store_paths = StorePaths(Path())
@@ -289,7 +289,9 @@ def _read_store(listing: LibraryListing, paths: list[str], result: RecognizedMod
         try:
             manifest = decode(listing.texts.get(path, b""), Manifest)
             check_manifest(manifest)
-            if not manifest.sealed or path != store_paths.manifest(manifest.model).as_posix():
+            is_old = version == NAMES_WITH_CASE_VERSION
+            place = old_manifest_path(manifest.model) if is_old else f"{store_paths.manifest(manifest.model)}"
+            if not manifest.sealed or path != place:
                 raise _NotAModel(f"it is the manifest of {manifest.model}, unsealed or misplaced")
             files = tuple(_stored_file(listing, store_paths, f) for f in manifest.files)
         except (ShoalError, _NotAModel) as e:

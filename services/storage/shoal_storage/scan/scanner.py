@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -199,9 +200,12 @@ class _Scanner:
     def _scan_view(self, view: Path, manifest: Manifest | None) -> set[str]:
         """Return the paths in a view whose file is the blob that the manifest names."""
         expected = {f.path: f.sha256 for f in manifest.files} if manifest else {}
+        by_form = {unicodedata.normalize("NFC", path): path for path in expected}
         linked: set[str] = set()
         for entry in files_of(view):
             path = entry.path[len(str(view)) + 1 :]
+            if path not in expected:  # some file systems list names decomposed, however they were made
+                path = by_form.get(unicodedata.normalize("NFC", path), path)
             blob = self.result.blobs.get(expected.get(path, ""))
             if entry.is_symlink():
                 target = Path(entry.path).readlink()

@@ -10,19 +10,22 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
-from shoal_common.errors import BadInput, Unavailable, Unsupported
+from shoal_common.errors import DISK_FULL, BadInput, Unavailable, Unsupported
 from shoal_common.host.file_kinds import read_text_file
 from shoal_common.host.private_files import deny_others
 from shoal_common.logs import StructuredLogger
 from shoal_common.messages.manifest import Manifest
+from shoal_common.store.ballast import BallastFile
 from shoal_common.store.blob_lookup import find_blob
 from shoal_common.store.mounts import check_locks_hold, mounts
-from shoal_common.store.store_paths import FORMAT_VERSION
+from shoal_common.store.store_paths import FORMAT_VERSION, NAMES_WITH_CASE_VERSION
 from shoal_common.store.verification_stamp import write_stamp
+from shoal_storage.admission.name_folding import NameFolding
 from shoal_storage.files.atomic_file import make_directory, replace_file
-from shoal_storage.files.ballast import BallastFile
 from shoal_storage.files.store_lock import take_lock
 from shoal_storage.files.volume_paths import VolumePaths
+from shoal_storage.store.folding_probe import read_folding
+from shoal_storage.store.format_upgrade import upgrade_format
 from shoal_storage.store.volume import Volume
 
 log = StructuredLogger("disk")
@@ -39,6 +42,8 @@ class Store:
         self.stopping = threading.Event()
         """Set when the service stops: hashing a large blob would take longer than the shutdown allows."""
         self.ballast = BallastFile(self.layout.ballast, ballast_bytes)
+        self.name_folding = NameFolding()
+        """Which names of a model's files are one name here; read when the store is opened."""
         self._lock: BinaryIO | None = None
         self._root_fd: int | None = None
 
@@ -68,12 +73,23 @@ class Store:
             paths.distrusted,
         ):
             make_directory(directory)
+        self.ballast.read_size()
         if not paths.version.exists():
             replace_file(paths.version, FORMAT_VERSION.encode())
-        self.ballast.read_size()
+        elif read_text_file(paths.version).strip() == NAMES_WITH_CASE_VERSION:
+            self._upgrade()
+        self.name_folding = read_folding(paths.root)
         if self._root_fd is None:
             self._root_fd = os.open(paths.root, os.O_RDONLY)
             self._closing = weakref.finalize(self, os.close, self._root_fd)
+
+    def _upgrade(self) -> None:
+        try:
+            upgrade_format(self.layout)
+        except OSError as e:
+            if e.errno not in DISK_FULL or not self.ballast.release():
+                raise
+            upgrade_format(self.layout)
 
     def close(self) -> None:
         """Close the store, so that another process can open it. The end of the process does that too."""
@@ -197,7 +213,7 @@ class Store:
 
 def _check_version(root: Path, file: Path) -> None:
     version = read_text_file(file).strip()
-    if version == FORMAT_VERSION:
+    if version in (FORMAT_VERSION, NAMES_WITH_CASE_VERSION):
         return
     if version.isdecimal():
         raise Unsupported(
@@ -205,6 +221,6 @@ def _check_version(root: Path, file: Path) -> None:
             "update Shoal, or give the node another store"
         )
     raise BadInput(
-        f"{file} holds {version[:40]!r} instead of the store's format: write {FORMAT_VERSION} into it if {root} is a "
-        "store of this version, or give the node another store"
+        f"{file} holds {version[:40]!r} instead of the store's format: write {NAMES_WITH_CASE_VERSION} into it if "
+        f"{root} is a store, or give the node another store"
     )

@@ -24,12 +24,12 @@ from shoal_common.errors import BadInput, ShoalError, Unsupported
 from shoal_common.host.file_kinds import read_text_file
 from shoal_common.host.private_files import DIRECTORY_MODE, deny_others
 from shoal_common.logs import StructuredLogger
+from shoal_common.store.ballast import BallastFile
 from shoal_common.store.blob_lookup import read_volumes
 from shoal_common.store.mounts import NETWORK_FILE_SYSTEMS, file_system_of, mounts
 from shoal_common.store.store_paths import StorePaths
 from shoal_common.store.verification_stamp import write_stamp
 from shoal_storage.files.atomic_file import fsync_path, make_directory, replace_file
-from shoal_storage.files.ballast import BallastFile
 from shoal_storage.files.real_path import resolve_path
 from shoal_storage.files.store_lock import take_lock
 
