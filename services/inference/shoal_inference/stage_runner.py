@@ -21,7 +21,6 @@ from shoal_common.concurrency.backoff import Backoff
 from shoal_common.config import Config, is_loopback
 from shoal_common.errors import (
     ErrorBody,
-    InternalError,
     LoadError,
     ShoalError,
     StageLost,
@@ -50,6 +49,7 @@ from shoal_common.settings.ports import port_ranges
 from shoal_inference.assignments import Assignment, successor_link
 from shoal_inference.host_facts.bandwidth_estimate import BandwidthEstimate, bytes_read_per_token
 from shoal_inference.host_facts.model_lease import lease_model
+from shoal_inference.pending_requests import PendingRequests
 from shoal_inference.stage.errors import LinkClosed
 from shoal_inference.stage.ipc import messages
 from shoal_inference.stage.ipc.parent import StageProcess
@@ -57,7 +57,6 @@ from shoal_inference.stage.ipc.parent import StageProcess
 log = StructuredLogger("stage")
 
 _FETCH_DEADLINE_S = 24 * 3600.0
-_ACCEPT_TIMEOUT_S = 30.0
 _STABLE_AFTER_S = 30.0
 _MAX_LOADS = 3
 """Attempts at files that do not load: a repair may be under way."""
@@ -101,7 +100,7 @@ class StageRunner:
         )
         self._published: StageState | None = None
         self._process: StageProcess | None = None
-        self._accepting: dict[str, asyncio.Future[Accepted]] = {}
+        self._pending = PendingRequests(self._spec.id)
         self._kill_reason: ShoalError | None = None
         self._fatal: ErrorBody | None = None
         """Why the process ends, as it has reported."""
@@ -146,7 +145,7 @@ class StageRunner:
                 reason=error.message,
                 deaths=deaths,
             )
-            self._fail_accepting(error)
+            self._pending.fail_all(error)
             await self._publish_state(phase="failed", error=error.body(), address="", links=[], uid="")
             if self._kill_reason is not None or isinstance(error, Unsupported) or loads == _MAX_LOADS:
                 # Another attempt would fail in the same way: wait until the instance is stopped or moved, which
@@ -333,7 +332,7 @@ class StageRunner:
                 if rank < len(self._spec.stages):
                     await self._peer_failures.report(peer, reason)
             case messages.RequestAccepted(accepted=accepted):
-                self._accept(accepted)
+                self._pending.accept(accepted)
             case messages.RequestEvent(event=token_event):
                 await self._publish(token_event)
             case messages.PassTiming(pass_s=pass_s):
@@ -362,21 +361,7 @@ class StageRunner:
                 f"instance {self._spec.id} is not ready: stage {self._stage.rank} on node {self._config.node} is "
                 f"{self._state.phase}; try again when `shoal ps` shows it ready"
             )
-        if request.request in self._accepting:
-            raise InternalError(f"request {request.request} is already in flight; use a new request id")
-        accepted: asyncio.Future[Accepted] = asyncio.get_running_loop().create_future()
-        self._accepting[request.request] = accepted
-        try:
-            await self._send(process, messages.StartRequest(generate=request))
-            async with asyncio.timeout(_ACCEPT_TIMEOUT_S):
-                return await accepted
-        except TimeoutError:
-            raise Unavailable(
-                f"instance {self._spec.id} did not accept the prompt within {_ACCEPT_TIMEOUT_S:.0f} s; "
-                "try again, or see `shoal ps`"
-            ) from None
-        finally:
-            self._accepting.pop(request.request, None)
+        return await self._pending.send(request, lambda: self._send(process, messages.StartRequest(generate=request)))
 
     async def cancel(self, request: str) -> None:
         """Cancel an answer; does nothing where the stage has no process."""
@@ -384,20 +369,8 @@ class StageRunner:
             with suppress(StageLost):
                 await self._send(self._process, messages.Cancel(request=request))
 
-    def _accept(self, accepted: Accepted) -> None:
-        waiting = self._accepting.get(accepted.request)
-        if waiting is not None and not waiting.done():
-            waiting.set_result(accepted)
-
-    def _fail_accepting(self, error: ShoalError) -> None:
-        for waiting in self._accepting.values():
-            if not waiting.done():
-                waiting.set_exception(error)
-
     async def _publish(self, event: TokenEvent) -> None:
-        waiting = self._accepting.get(event.request)
-        if event.error is not None and waiting is not None and not waiting.done():
-            waiting.set_exception(from_body(event.error))
+        if self._pending.refuse(event):
             return
         # Core NATS keeps nothing: a reader that is not subscribed now never gets it.
         with suppress(NatsError):
