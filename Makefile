@@ -45,9 +45,9 @@ test: lint
 	@$(MAKE) --no-print-directory -j2 types run-tests
 endif
 
-# Tests wait more than they compute: two workers more than cores. A file's tests share servers, and so one worker; the
+# Tests wait more than they compute: three workers more than cores. A file's tests share servers, and so one worker; the
 # files stay in the order of tests/harness/order.py.
-TEST_WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min((os.cpu_count() or 1) + 2, 8))')
+TEST_WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min((os.cpu_count() or 1) + 3, 8))')
 
 run-tests: setup
 	@scripts/system-packages.sh test

@@ -69,7 +69,7 @@ def migrates_only_on_request(node: ShoalNode, instance: str, here: str, better: 
     assert "stays on" in node.shoal("rebalance", instance, check=True).stdout
     assert "no better placement" in node.shoal("rebalance", check=True).stdout
     refused = node.shoal("rebalance", "tiny-fish-ffffff")
-    assert refused.returncode == 3 and "there is no instance" in refused.stderr
+    assert refused.returncode == 3 and "no instance named tiny-fish-ffffff" in refused.stderr
 
 
 def test_a_preview_that_cannot_be_made_names_what_can(cluster: ShoalCluster) -> None:

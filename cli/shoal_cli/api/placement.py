@@ -10,7 +10,7 @@ from shoal_cli.api.client import GatewayClient
 from shoal_cli.api.schema import InstancesView
 from shoal_cli.render.tables import instance_status_text
 from shoal_common.errors import Expired, InternalError, NodeDown, NoMemory, NotFound, Refused, ShoalError, from_body
-from shoal_common.liveness.availability import down_text
+from shoal_common.liveness.down_text import down_text
 from shoal_common.messages.views import InstanceView, StatusView
 from shoal_common.names import DEFAULT_REVISION, ModelRef
 

@@ -50,11 +50,11 @@ def _print_own_node(cli: CliContext) -> None:
     from shoal_cli.node.down import supervisor_status  # noqa: PLC0415
     from shoal_cli.node.startup_report import ports_text  # noqa: PLC0415
 
-    node = supervisor_status(cli.home)
+    node = supervisor_status(cli.home) if cli.has_own_gateway else None
     for child in node.children if node else []:
         if child.problem:
             cli.err.print(Text(f"{child.name}: {child.problem}", style="red"), soft_wrap=True)
-    if node is None or not node.bind or not cli.has_own_gateway:
+    if node is None or not node.bind:
         return
     rows = {
         "bound to": node.bind,

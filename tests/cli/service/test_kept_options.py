@@ -90,9 +90,9 @@ def test_doctor_says_that_the_first_node_keeps_a_member_out(node: Node, make_nod
     assert node.up().returncode == 0
     b, other = make_node("node-b"), make_node("node-x")
     assert join(b, *invitation(node)) == ""
-    found = [f for f in run_checks(node.home, clean_environment()).findings if f.check == "members"]
+    found = [f for f in run_checks(node.home, clean_environment()).findings if f.check == "nodes"]
     assert [f.level for f in found] == ["warning", "problem"]
-    assert "node node-b belongs to this cluster and is not live" in found[0].what
+    assert "node node-b is down" in found[0].what
     assert "listens on 127.0.0.1 only" in found[1].what
     assert other.up().returncode == 0
     elsewhere = clean_environment(SHOAL_NATS=other.status().nats[0])

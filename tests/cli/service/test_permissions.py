@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,6 +22,7 @@ from shoal_common.bus.connection import Nats, NatsLogin, connected, login_of
 from shoal_common.bus.kv_bucket import Buckets
 from shoal_common.bus.streams import ensure_streams, stream_configs
 from shoal_common.errors import Denied
+from shoal_common.host.private_files import replace_private
 from shoal_common.identity.nkey import Nkey
 from shoal_common.identity.node_identity import CLI, USERS, NodeIdentity
 from shoal_common.identity.tls import client_context
@@ -171,15 +174,29 @@ class Server:
     def url(self) -> str:
         return f"tls://127.0.0.1:{self._port.number}"
 
-    def start(self) -> None:
-        """Start it."""
+    def configure(self, probe: str = "") -> None:
+        """Write its configuration, with the public key of a probe."""
         text = f'listen: "127.0.0.1:{self._port.number}"\njetstream {{ store_dir: "{self.directory}/store" }}\n'
         text += tls_configuration(self.files.nats_certificate_file, self.files.nats_key_file)
-        text += users_configuration(self.files.nkey.public, self.files.members(), self.files.invitations())
-        (self.directory / "nats.conf").write_text(text)
+        text += users_configuration(self.files.nkey.public, self.files.members(), self.files.invitations(), probe)
+        replace_private(self.directory / "nats.conf", text.encode())
+
+    def start(self) -> None:
+        """Start it."""
+        self.configure()
         program = Path(sys.executable).with_name("nats-server")
         with (self.directory / "nats.log").open("ab") as log:
             self._process = subprocess.Popen([program, "-c", self.directory / "nats.conf"], stdout=log, stderr=log)
+
+    def reload(self, probe: Nkey) -> None:
+        """Have it read a configuration that lets in a probe, too."""
+        assert self._process is not None
+        self.configure(probe.public)
+        self._process.send_signal(signal.SIGHUP)
+
+    def refusals(self) -> int:
+        """Return how many logins it has refused."""
+        return (self.directory / "nats.log").read_text().count("authentication error")
 
     def stop(self) -> None:
         """Stop it."""
@@ -271,6 +288,25 @@ async def test_I12_keys_that_the_operator_does_not_know_are_refused(server: Serv
     with pytest.raises(Denied, match="refuses our credentials"):
         async with connected([server.url], "test", 30, unknown):
             raise AssertionError("b is no member yet")
+
+
+async def test_a_login_is_tried_again_while_the_users_change(server: Server) -> None:
+    async with connected([server.url], "test", 30, server.operator()):
+        refusals = server.refusals()
+    key = Nkey.create()
+
+    async def log_in() -> None:
+        async with connected([server.url], "test", 30, NatsLogin(key, "_INBOX", server.operator().tls)):
+            pass
+
+    logging_in = asyncio.create_task(log_in())
+
+    async def refused() -> bool:
+        return server.refusals() > refusals
+
+    await eventually(refused, "it is refused")
+    server.reload(key)
+    await logging_in
 
 
 async def test_I12_a_consumer_cannot_carry_a_request_to_a_service(server: Server) -> None:

@@ -8,7 +8,7 @@ import msgspec
 
 from shoal_cli.doctor.finding import Finding, Level, join_names, or_ok
 from shoal_common.config import is_loopback
-from shoal_common.liveness.availability import down_text
+from shoal_common.liveness.down_text import down_text
 
 CHECK = "nodes"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any
 
 import msgspec
@@ -58,6 +58,10 @@ def login_options(login: NatsLogin | None) -> dict[str, Any]:
     }
 
 
+_REFUSAL_PAUSES_S = (0.05, 0.2, 0.5)
+"""A server that reads its users again, when somebody joins, refuses whoever has not logged in yet."""
+
+
 class Nats:
     """A process's connection, its JetStream context, and its count of reconnections."""
 
@@ -99,8 +103,25 @@ async def connected(
 ) -> AsyncIterator[Nats]:
     """Connect, waiting up to `timeout_s` for a server (None: for ever), and drain at the end.
 
-    Raises Unavailable after `timeout_s`, Denied if the server refuses the credentials.
+    Raises Unavailable after `timeout_s`, Denied if the server refuses the credentials, also when asked again.
     """
+    for pause_s in (*_REFUSAL_PAUSES_S, None):
+        async with AsyncExitStack() as stack:
+            try:
+                nats = await stack.enter_async_context(_connected_once(servers, name, timeout_s, login))
+            except Denied:
+                if pause_s is None:
+                    raise
+            else:
+                yield nats
+                return
+        await asyncio.sleep(pause_s)
+
+
+@asynccontextmanager
+async def _connected_once(
+    servers: list[str], name: str, timeout_s: float | None, login: NatsLogin | None
+) -> AsyncIterator[Nats]:
     patch_wait_for()
     reconnects = Notifier()
     addresses = ", ".join(s.split("@")[-1] for s in servers)

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
-
 from shoal_common.bus.keys import liveness_key, node_key, storage_key
 from shoal_common.bus.kv_bucket import Buckets
 from shoal_common.bus.subjects import ANY
 from shoal_common.errors import NodeDown
+from shoal_common.liveness.down_text import down_text
 from shoal_common.messages.placement import NodeState
-
-
-def down_text(node: str, since_s: float) -> str:
-    """Return that a node is down, for people, with the time where it is known (not 0)."""
-    if not since_s:
-        return f"node {node} is down"
-    return f"node {node} is down since {datetime.fromtimestamp(since_s, UTC).isoformat(timespec='seconds')}"
 
 
 async def is_live(buckets: Buckets, service: str, node: str) -> bool:

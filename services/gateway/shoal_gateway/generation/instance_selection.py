@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from shoal_common.errors import BadName, NotFound, ShoalError, StageLost, Unavailable, from_body
-from shoal_common.liveness.availability import down_text
+from shoal_common.liveness.down_text import down_text
 from shoal_common.messages.instances import InstanceSpec, StageState
 from shoal_common.names import ModelRef
 from shoal_gateway.cluster.openai_models import names_model, resolve_commit

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Set
 import msgspec
 
 from shoal_common.errors import ErrorBody, LoadError, NoMemory, StageLost, Unsupported
-from shoal_common.liveness.availability import down_text
+from shoal_common.liveness.down_text import down_text
 from shoal_common.messages.instances import InstanceSpec, InstanceState, StageSpec, StageState
 
 _FINAL = (NoMemory.code, LoadError.code, Unsupported.code)
