@@ -212,6 +212,27 @@ async def test_I6_a_removed_key_stays_so_when_nats_is_killed(tmp_path: Path, mon
                 assert await here.buckets.spec.create(key, Note(text="again")) is not None
 
 
+async def test_a_key_can_be_created_between_the_two_markers(
+    nats: NatsServer, fresh: Fresh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with joined(nats) as here:
+        key, lease = fresh("handed-over"), here.buckets.lease
+        await lease.put(key, Note(text="the first holder"))
+        last_message, seen = Bucket._last_message, 0
+
+        async def remove_after_looking(bucket: Bucket, key: str) -> api.RawStreamMsg | None:
+            nonlocal seen
+            found, seen = await last_message(bucket, key), seen + 1
+            if seen == 1:
+                await here.js.publish(bucket.subject(key), b"", headers={"KV-Operation": "PURGE"})
+            return found
+
+        await here.js.publish(lease.subject(key), b"", headers={"KV-Operation": "DEL"})
+        monkeypatch.setattr(Bucket, "_last_message", remove_after_looking)
+        assert await lease.create(key, Note(text="the next one"), 10) is not None
+        assert seen == 2
+
+
 async def test_I9_a_lease_that_came_back_is_held_by_nobody(nats: NatsServer, fresh: Fresh) -> None:
     async with joined(nats) as here:
         key, lease = fresh("origin"), Bucket(here.js, "lease", max_age_s=0.5)

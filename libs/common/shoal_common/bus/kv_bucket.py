@@ -36,6 +36,7 @@ class Fence(msgspec.Struct, frozen=True):
 KV_MARKERS = frozenset({"KV-Operation", "Nats-Marker-Reason"})
 """A message with one of these headers marks a key without a value."""
 _WRONG_LAST_SEQUENCE = (10071, 10164)
+_CREATE_ATTEMPTS = 3
 _DELETE, _PURGE = {"KV-Operation": "DEL"}, {"KV-Operation": "PURGE"}
 _LEASE_MAX_AGE_S = DELETE_MARKER_TTL_S / 2
 """Far beyond LEASE_TTL_S, since this machine's clock may be off; and one that came back is older than a marker."""
@@ -109,12 +110,15 @@ class Bucket:
     async def create(self, key: str, value: object, ttl_s: int | None = None) -> int | None:
         """Write only if the key is absent; an expired key's marker counts as absent. Returns None if it exists."""
         revision = await self.compare_and_set(key, value, 0, ttl_s)
-        if revision is not None:
-            return revision
-        last = await self._last_message(key)
-        if last is not None and not self._is_absent(last):
-            return None
-        return await self.compare_and_set(key, value, (last.seq or 0) if last is not None else 0, ttl_s)
+        # The second marker of a removal may come between: whether the key is absent is then looked at again.
+        for _ in range(_CREATE_ATTEMPTS):
+            if revision is not None:
+                break
+            last = await self._last_message(key)
+            if last is not None and not self._is_absent(last):
+                return None
+            revision = await self.compare_and_set(key, value, (last.seq or 0) if last is not None else 0, ttl_s)
+        return revision
 
     async def get(self, key: str) -> KvEntry | None:
         """Return a key's value and revision, or None."""
