@@ -220,7 +220,7 @@ async def test_a_key_can_be_created_between_the_two_markers(
         await lease.put(key, Note(text="the first holder"))
         last_message, seen = Bucket._last_message, 0
 
-        async def remove_after_looking(bucket: Bucket, key: str) -> api.RawStreamMsg | None:
+        async def remove_after_reading(bucket: Bucket, key: str) -> api.RawStreamMsg | None:
             nonlocal seen
             found, seen = await last_message(bucket, key), seen + 1
             if seen == 1:
@@ -228,7 +228,7 @@ async def test_a_key_can_be_created_between_the_two_markers(
             return found
 
         await here.js.publish(lease.subject(key), b"", headers={"KV-Operation": "DEL"})
-        monkeypatch.setattr(Bucket, "_last_message", remove_after_looking)
+        monkeypatch.setattr(Bucket, "_last_message", remove_after_reading)
         assert await lease.create(key, Note(text="the next one"), 10) is not None
         assert seen == 2
 
