@@ -13,7 +13,7 @@ import ipaddress
 from collections.abc import Sequence
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey, EllipticCurvePublicKey
@@ -105,7 +105,7 @@ def public_key_of(certificate_pem: str, authority_pem: bytes, node: str) -> Elli
         certificate.verify_directly_issued_by(x509.load_pem_x509_certificate(authority_pem))
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         key = certificate.public_key()
-    except (ValueError, TypeError, InvalidSignature, x509.ExtensionNotFound):
+    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm, x509.ExtensionNotFound):
         raise Denied(f"the certificate of node {node} is not from this cluster's authority") from None
     if node_host(node) not in names.get_values_for_type(x509.DNSName) or not isinstance(key, EllipticCurvePublicKey):
         raise Denied(f"this certificate is not that of node {node}")
@@ -134,7 +134,7 @@ def _requested_key(request_pem: str) -> EllipticCurvePublicKey:
         request = x509.load_pem_x509_csr(request_pem.encode())
         key = request.public_key()
         is_valid = request.is_signature_valid
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, UnsupportedAlgorithm):
         raise BadInput("the request for a certificate cannot be read") from None
     if not is_valid or not isinstance(key, EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
         raise BadInput("the request for a certificate is not signed by its key")
