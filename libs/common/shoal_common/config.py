@@ -207,18 +207,15 @@ def local_server(is_member: bool) -> str:
     return f"{'tls' if is_member else 'nats'}://127.0.0.1:{NATS_PORT}"
 
 
-def _nats_servers(environ: Mapping[str, str], settings: Mapping[str, Any], is_member: bool) -> list[str]:
-    given = [s.strip() for s in environ.get("SHOAL_NATS", "").split(",") if s.strip()]
-    return given or [str(s) for s in saved_servers(settings)] or [local_server(is_member)]
-
-
 def read_config(service: str, environ: Mapping[str, str]) -> Config:
     """Return one service's configuration. Raises BadInput if something is missing or wrong."""
     home = home_directory(environ)
     node, settings = ensure_node_id(home), read_settings_file(home)
-    bind = read_settings(NodeSettings, settings, environ).bind or "127.0.0.1"
+    node_settings = read_settings(NodeSettings, settings, environ)
+    bind = node_settings.bind or "127.0.0.1"
     identity = load_identity(home, node)
     check_bind(service, bind, identity)
+    given = list(node_settings.nats) if environ.get("SHOAL_NATS") else []
     replicas, log_level = environ.get("SHOAL_REPLICAS") or "1", environ.get("SHOAL_LOG") or "info"
     if replicas not in ("1", "3", "5"):
         raise BadInput(f"SHOAL_REPLICAS is {replicas!r}: set 1, 3 or 5")
@@ -228,7 +225,7 @@ def read_config(service: str, environ: Mapping[str, str]) -> Config:
         service=service,
         node=node,
         home=home,
-        nats=_nats_servers(environ, settings, identity is not None),
+        nats=given or [str(s) for s in saved_servers(settings)] or [local_server(identity is not None)],
         bind=bind,
         advertise=[a.strip() for a in environ.get("SHOAL_ADVERTISE", "").split(",") if a.strip()],
         log_level=log_level,

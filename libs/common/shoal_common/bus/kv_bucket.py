@@ -73,11 +73,7 @@ class Bucket:
         last = await self._last_message(key)
         if last is None or self._is_absent(last):
             return False
-        revision = await self._publish_fenced(fence, key, b"", _DELETE, None)
-        if revision is None:
-            return None
-        await self._expire_marker(key, revision)
-        return True
+        return await self._remove(fence, key) or None
 
     async def _publish_fenced(
         self, fence: Fence, key: str, data: bytes, headers: Mapping[str, str], ttl_s: int | None
@@ -145,15 +141,19 @@ class Bucket:
         if last is None or self._is_absent(last):
             return False
         fence = (last.seq or 0) if revision is None else revision
-        marker = await self._publish_fenced(Fence(key, fence), key, b"", _DELETE, None)
-        if marker is None:
-            return False if revision is not None else await self.delete(key)
-        await self._expire_marker(key, marker)
-        return True
+        if await self._remove(Fence(key, fence), key):
+            return True
+        return False if revision is not None else await self.delete(key)
 
-    async def _expire_marker(self, key: str, revision: int) -> None:
-        """Put a marker that expires in place of the one with this revision, unless the key has been written again."""
-        await self._publish_fenced(Fence(key, revision), key, b"", _PURGE, DELETE_MARKER_TTL_S)
+    async def _remove(self, fence: Fence, key: str) -> bool:
+        """Write both markers of a removal, unless the fence has changed: then return False and write nothing.
+
+        The second one, which expires, only replaces the first: the key may have been written again meanwhile.
+        """
+        marker = await self._publish_fenced(fence, key, b"", _DELETE, None)
+        if marker is not None:
+            await self._publish_fenced(Fence(key, marker), key, b"", _PURGE, DELETE_MARKER_TTL_S)
+        return marker is not None
 
     async def _last_message(self, key: str) -> api.RawStreamMsg | None:
         try:
