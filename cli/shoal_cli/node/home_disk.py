@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from shoal_cli.node.children.nats_disk import device_of, free_bytes_of
 from shoal_cli.node_home import Home
 from shoal_common.config import read_settings_file, store_directory
 from shoal_common.errors import DISK_FULL, BadInput, DiskFull, ShoalError
+from shoal_common.host.disk_space import device_of, free_bytes_of, nearest_existing
 from shoal_common.store.ballast import BallastFile
 from shoal_common.store.store_paths import StorePaths
 from shoal_common.units import format_bytes
@@ -43,7 +43,7 @@ def disk_error(error: OSError, home: Path) -> ShoalError | None:
     if error.errno in DISK_FULL:
         free = ""
         with suppress(OSError):
-            free = f", {format_bytes(free_bytes_of(_nearest(home)))} free"
+            free = f", {format_bytes(free_bytes_of(nearest_existing(home)))} free"
         return DiskFull(f"the disk of {home} is full ({error.strerror}{free}): free some space there, then try again")
     if error.errno == errno.EROFS:
         return BadInput(f"{path} cannot be written ({error.strerror}): mount it read-write, or {_ELSEWHERE}")
@@ -70,7 +70,3 @@ def free_ballasts(home: Home) -> str:
             freed_bytes += ballast.release()
     freed = f"{format_bytes(freed_bytes)} of ballast given up" if freed_bytes else "there is no ballast to give up"
     return f"the disk of {home.root} is full, {freed}: free space with `shoal rm` or `shoal gc`"
-
-
-def _nearest(path: Path) -> Path:
-    return next(at for at in (path, *path.parents) if at.exists())

@@ -46,7 +46,7 @@ class StartupReport(WireStruct):
     can_invite: bool = False
     """Whether this node lets other machines in."""
     bind: str = ""
-    """"" on loopback."""
+    """Empty on loopback."""
     ports: dict[str, list[int]] = {}
     """By who listens."""
 

@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import partial
 
 from shoal_cli.membership.machine_hosts import machine_hosts
 from shoal_cli.membership.operator import INVITATION_LIFETIME_S, Operator
@@ -138,7 +137,7 @@ class Supervisor:
         nats_process.remove_stale_port_files(home)
         hosts = await asyncio.to_thread(machine_hosts, self._environ)
         await asyncio.to_thread(self._operator_files.create, self._identity, hosts)
-        self._write_nats_config(plan.nats_port)
+        self._write_nats_config()
         nats_ready = NatsInfoReadiness(home)
         self._keep(tasks, nats_spec(program, home.nats_config, self._environ), nats_ready)
         self._watching_disk = tasks.create_task(
@@ -152,13 +151,10 @@ class Supervisor:
             [child] = not_ready(home, self._statuses())
             last = nats_format.message_of(child.tail[-1]) if child.tail else "its log is empty"
             raise Unavailable(f"NATS does not start ({child.reason}): {last}; see {child.log}")
-        port = nats_process.port_of(nats_ready.ports)
-        # A chosen port is kept: a restarted server must listen where the services connect.
-        self._write_nats_config(port)
-        self._nats_urls = [f"tls://{bracketed(local_address(plan.bind))}:{port}"]
-        operator = self._operator = Operator(self._operator_files, plan.node, partial(self._reload_users, port))
+        self._nats_urls = [f"tls://{bracketed(local_address(plan.bind))}:{plan.nats_port}"]
+        operator = self._operator = Operator(self._operator_files, plan.node, self._reload_users)
         self._operating = tasks.create_task(
-            operator.run(self._nats_urls[0], [f"tls://{self._cluster_address(port)}"], self._changed.notify)
+            operator.run(self._nats_urls[0], [f"tls://{self._cluster_address()}"], self._changed.notify)
         )
         if not await self._wait_for(lambda: operator.is_ready, _NATS_DEADLINE_S) and not self._stopping.is_set():
             self._require_room()
@@ -171,8 +167,8 @@ class Supervisor:
         return NatsDisk(self._home, store, storage.ballast_bytes)
 
     def _require_room(self) -> None:
-        if self._nats_disk.problem:
-            raise DiskFull(self._nats_disk.problem)
+        if problem := self._children["nats"].problem:
+            raise DiskFull(problem)
 
     async def _check_membership(self) -> None:
         """Raise Denied if the cluster does not know this node any more: one line, not six services in a loop."""
@@ -183,11 +179,11 @@ class Supervisor:
         except Unavailable as e:
             log.warning("NATS does not answer yet; the services wait for it", reason=e.message)
 
-    def _write_nats_config(self, port: int, probe_nkey: str = "") -> None:
-        nats_process.write_config(self._home, self._plan, port, self._operator_files, probe_nkey)
+    def _write_nats_config(self, probe_nkey: str = "") -> None:
+        nats_process.write_config(self._home, self._plan, self._operator_files, probe_nkey)
 
-    def _reload_users(self, port: int, probe_nkey: str) -> None:
-        self._write_nats_config(port, probe_nkey)
+    def _reload_users(self, probe_nkey: str) -> None:
+        self._write_nats_config(probe_nkey)
         self._children["nats"].send_signal(signal.SIGHUP)
 
     def _start_services(self, tasks: asyncio.TaskGroup, sockets: control.ControlSockets) -> None:
@@ -257,13 +253,13 @@ class Supervisor:
             ports["stages"] = [port for port in stage_ports(settings) if port]
         return ports
 
-    def _cluster_address(self, port: int) -> str:
+    def _cluster_address(self) -> str:
         """Return the address of NATS, `host:port`, as other machines reach it if any does."""
         plan = self._plan
         advertised = self._environ.get("SHOAL_ADVERTISE", "").split(",")[0].strip()
         binds_all = local_address(plan.bind) != plan.bind
         host = advertised or (join_host(read_interfaces(), plan.bind) if binds_all else plan.bind)
-        return f"{bracketed(host)}:{port}"
+        return f"{bracketed(host)}:{plan.nats_port}"
 
     # Status
 
@@ -324,7 +320,7 @@ class Supervisor:
         code = await self._require_operator().invite(lifetime_s)
         return control.InviteReply(
             code=code.text,
-            address=self._cluster_address(int(self._nats_urls[0].rpartition(":")[2])),
+            address=self._cluster_address(),
             is_local=is_loopback(self._plan.bind),
             until_s=round(time.time() + lifetime_s, 1),
         )

@@ -10,6 +10,7 @@ import msgspec
 
 from shoal_cli.doctor.checks.disk import DiskFacts, FileSystemInfo
 from shoal_cli.doctor.probes.local_node import LocalNode
+from shoal_common.host.disk_space import nearest_existing
 from shoal_common.settings.node import StorageSettings
 from shoal_common.settings.values import read_valid_settings
 from shoal_common.store.blob_lookup import read_volumes
@@ -36,17 +37,15 @@ def probe(local: LocalNode) -> DiskFacts:
 
 def file_system(path: Path, mounted: Sequence[Mount]) -> FileSystemInfo:
     """Return the file system of a path, or of the nearest directory above it that exists."""
-    exists, nearest = True, path
     try:
-        while not nearest.exists() and nearest != nearest.parent:
-            exists, nearest = False, nearest.parent
-        nearest = nearest.resolve()
+        found = nearest_existing(path)
+        nearest = found.resolve()
         s, device = os.statvfs(nearest), nearest.stat().st_dev
     except OSError as e:
         return FileSystemInfo(path=str(path), exists=False, error=e.strerror or str(e))
     return FileSystemInfo(
         path=str(path),
-        exists=exists,
+        exists=found == path,
         kind=file_system_of(nearest, mounted),
         device=device,
         read_only=bool(s.f_flag & os.ST_RDONLY),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from shoal_cli.node.children.nats_storing import NatsStoring
 from shoal_cli.node_home import Home
 from shoal_common.concurrency.threads import DaemonCalls
 from shoal_common.errors import ShoalError
+from shoal_common.host.disk_space import device_of, free_bytes_of
 from shoal_common.logs import StructuredLogger
 from shoal_common.store.ballast import BallastFile, next_step
 
@@ -30,15 +30,16 @@ class NatsDisk:
         self._ballast_bytes = ballast_bytes
         self._ballast = BallastFile(home.nats_ballast, ballast_bytes)
         self._storing, self._calls = NatsStoring(), DaemonCalls()
-        self.problem = ""
-        """Why NATS cannot store, in words for people; "" if it can."""
 
     def read_log_line(self, line: bytes) -> None:
         """Take note of what NATS logs. Called from the thread that reads it."""
         self._storing.read_line(line)
 
     async def watch_forever(self, nats: ChildProcess, on_change: Callable[[str], None]) -> None:
-        """Watch the disk of a running server. `on_change` gets each new problem, and "" when there is none."""
+        """Watch the disk of a running server, and set its `problem`.
+
+        `on_change` gets each new one, and "" when there is none.
+        """
         while True:
             try:
                 free_bytes = await self._calls.run("NATS's disk", self._check, _ANSWER_DEADLINE_S)
@@ -50,12 +51,12 @@ class NatsDisk:
 
     async def _act(self, nats: ChildProcess, free_bytes: int, on_change: Callable[[str], None]) -> None:
         problem = self._storing.problem(str(self._directory), free_bytes)
-        if bool(problem) != bool(self.problem):
+        if bool(problem) != bool(nats.problem):
             if problem:
                 log.warning("NATS cannot store", path=self._directory, free_bytes=free_bytes)
             else:
                 log.info("NATS can store again", path=self._directory, free_bytes=free_bytes)
-            self.problem = nats.problem = problem
+            nats.problem = problem
             on_change(problem)
         if self._storing.decide(free_bytes, time.monotonic()) == "restart":
             log.warning("NATS refuses to store, restarting it", path=self._directory, free_bytes=free_bytes)
@@ -79,16 +80,3 @@ class NatsDisk:
     def _has_stores_ballast(self, directory: Path) -> bool:
         """Whether storage's ballast is on this disk: one is enough."""
         return self._store is not None and device_of(self._store) == directory.stat().st_dev
-
-
-def free_bytes_of(directory: Path) -> int:
-    """Return what a file system has available; 0 also if it has no inode left."""
-    s = os.statvfs(directory)
-    return 0 if s.f_files > 0 and s.f_favail == 0 else s.f_bavail * s.f_frsize
-
-
-def device_of(path: Path) -> int:
-    """Return the device of the file system that holds a path, or would."""
-    while not path.exists() and path != path.parent:
-        path = path.parent
-    return path.stat().st_dev

@@ -62,10 +62,10 @@ def _quoted(text: str) -> str:
     return text.replace("\\", "\\\\").replace('"', '\\"')
 
 
-def write_config(home: Home, plan: NodePlan, port: int, operator: OperatorFiles, probe_nkey: str = "") -> None:
-    """Fill in the template for this node and the cluster's members; port 0 lets the server choose. Blocks."""
+def write_config(home: Home, plan: NodePlan, operator: OperatorFiles, probe_nkey: str = "") -> None:
+    """Fill in the template for this node and the cluster's members. Blocks."""
     text = template().format(
-        listen=f"{bracketed(plan.bind)}:{port or -1}",
+        listen=f"{bracketed(plan.bind)}:{plan.nats_port}",
         name=plan.node,
         run_dir=_quoted(str(home.run)),
         store_dir=_quoted(str(home.nats_store)),
@@ -100,11 +100,6 @@ async def wait_listening(home: Home, pid: int) -> NatsPorts:
 def _host_and_port(ports: NatsPorts) -> tuple[str, int]:
     host, _, port = ports.nats[0].rsplit("://", 1)[-1].rpartition(":")
     return local_address(host.strip("[]")), int(port)
-
-
-def port_of(ports: NatsPorts) -> int:
-    """Return the port for clients."""
-    return _host_and_port(ports)[1]
 
 
 async def read_info(host: str, port: int, tls: ssl.SSLContext | None = None) -> str:
