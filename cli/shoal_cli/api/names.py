@@ -46,18 +46,24 @@ def model_not_found(gateway: GatewayClient, text: str) -> NotFound:
 
 def node_not_found(gateway: GatewayClient, node: str) -> NotFound:
     """Return the error for a node that a command did not find."""
-    return unknown_name("node", node, (n.node for n in _status(gateway).nodes), "`shoal status` lists them")
+    return unknown_node(_status(gateway), node)
 
 
 def known_nodes(gateway: GatewayClient, nodes: Sequence[str]) -> list[str]:
     """Return nodes that the cluster knows. Raises BadName, NotFound."""
     names = [check_node(node) for node in nodes]
     if names:
-        known = [n.node for n in _status(gateway).nodes]
+        status = _status(gateway)
+        known = {n.node for n in status.nodes}
         for node in names:
             if node not in known:
-                raise unknown_name("node", node, known, "`shoal status` lists them")
+                raise unknown_node(status, node)
     return names
+
+
+def unknown_node(status: StatusView, node: str) -> NotFound:
+    """Return the error for a node that the cluster does not know."""
+    return unknown_name("node", node, (n.node for n in status.nodes), "`shoal status` lists them")
 
 
 def resolve_instance(gateway: GatewayClient, text: str) -> str:

@@ -10,7 +10,7 @@ from shoal_cli.api.client import GatewayClient
 from shoal_cli.api.schema import InstancesView
 from shoal_cli.render.tables import instance_status_text
 from shoal_common.errors import Expired, InternalError, NodeDown, NoMemory, NotFound, Refused, ShoalError, from_body
-from shoal_common.liveness.down_text import down_text
+from shoal_common.liveness.down_text import down_texts
 from shoal_common.messages.views import InstanceView, StatusView
 from shoal_common.names import DEFAULT_REVISION, ModelRef
 
@@ -78,10 +78,9 @@ def wait_ready(gateway: GatewayClient, instance: InstanceView, report: Callable[
                 raise from_body(instance.error)
             raise InternalError(f"instance {instance.id} failed; see `shoal logs inference`")
         if down := nodes_down(instance):
-            text = ", ".join(down_text(node, since_s) for node, since_s in down.items())
             raise NodeDown(
-                f"instance {instance.id} cannot answer: {text}; bring it back with `shoal up` there, or move the "
-                f"instance with `shoal rebalance {instance.id}`",
+                f"instance {instance.id} cannot answer: {down_texts(down)}; bring it back with `shoal up` there, or "
+                f"move the instance with `shoal rebalance {instance.id}`",
                 instance=instance.id,
                 down_since_s=down,
             )

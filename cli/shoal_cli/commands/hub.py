@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from shoal_cli.api.names import unknown_node
 from shoal_cli.cli_context import CliContext
 from shoal_cli.command_app import CommandHelp, new_app
 from shoal_cli.commands import completion
@@ -15,7 +16,7 @@ from shoal_common.config import saved_node_id
 from shoal_common.errors import Unavailable
 from shoal_common.identity.api_key import API_KEY_VARIABLE, ensure_api_key
 from shoal_common.messages.views import StatusView
-from shoal_common.names import check_node, unknown_name
+from shoal_common.names import check_node
 
 app = new_app()
 
@@ -68,7 +69,7 @@ def hub_endpoint(status: StatusView, name: str) -> str:
     """Return the URL of a node's fileserver. Raises NotFound, or Unavailable if it is down."""
     view = next((n for n in status.nodes if n.node == name), None)
     if view is None:
-        raise unknown_name("node", name, (n.node for n in status.nodes), "`shoal status` lists them")
+        raise unknown_node(status, name)
     service = view.services.get("fileserver")
     if service is None or not service.addresses:
         raise Unavailable(f"the fileserver of node {name} is not running: see `shoal status`")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from rich.console import Console
 
-_UNLIMITED = 1 << 20
+UNLIMITED = 1 << 20
 """Characters of a line in a pipe or a file: nothing wraps there."""
 
 
@@ -14,5 +14,5 @@ def new_console(environ: Mapping[str, str], stderr: bool = False) -> Console:
     """Return a console for stdout or stderr. NO_COLOR, if not empty, leaves out every style."""
     console = Console(stderr=stderr, highlight=False, color_system=None if environ.get("NO_COLOR") else "auto")
     if not console.is_terminal:
-        console.width = _UNLIMITED
+        console.width = UNLIMITED
     return console

@@ -10,6 +10,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from shoal_cli.render.console import UNLIMITED
 from shoal_cli.render.progress import progress_line
 from shoal_cli.render.storage_text import foreign_file_warnings, incomplete_model_warnings, shard_text
 from shoal_common.messages.downloads import ENDED_PHASES
@@ -22,8 +23,6 @@ from shoal_common.units import format_bytes, format_duration
 _PHASE_STYLES = {"ready": "green", "starting": "yellow", "degraded": "yellow", "failed": "red"}
 _TIER_STYLES = {"fits": "green", "tight": "yellow", "force": "red"}
 _MAX_VERSION_CHARS = 40
-_UNLIMITED = 1 << 20
-"""Characters of a line: no limit."""
 _LINKS = {"thunderbolt": "Thunderbolt", "ethernet": "Ethernet", "wifi": "Wi-Fi", "virtual": "a tunnel"}
 """How this node reaches another; nothing is shown for one on the same machine."""
 
@@ -33,7 +32,7 @@ class UnbrokenTable(Table):
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Draw it at least as wide as its longest words need; columns of single words keep their width."""
-        unlimited = options.update(max_width=_UNLIMITED)
+        unlimited = options.update(max_width=UNLIMITED)
         for column in self.columns:
             cells = [Measurement.get(console, unlimited, cell) for cell in (column.header, *column.cells)]
             column.min_width = max(cell.minimum for cell in cells)

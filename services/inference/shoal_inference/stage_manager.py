@@ -80,14 +80,15 @@ class StageManager:
     async def detect_device(self) -> None:
         """Detect the accelerator and memory bandwidth; published with the next memory sample."""
         home, configured = self._context.config.home, self._settings.memory_bytes_per_s
-        if configured is None:  # a configured bandwidth is never corrected
-            self._speed.start(0.0, await asyncio.to_thread(read_observed_bandwidth, home))
+        if configured is not None:  # never corrected
+            self._device = await detect_device(home, configured, idle_wait_s=0.0)
+            return
+        self._speed.start(0.0, await asyncio.to_thread(read_observed_bandwidth, home))
         # On a busy machine a rough figure comes first: until there is one, placement assumes a fast machine's.
-        self._device = await detect_device(home, configured, idle_wait_s=0.0)
-        if configured is None and await asyncio.to_thread(has_to_be_measured, home):
-            self._device = await detect_device(home, configured)
-        if configured is None:
-            self._speed.start(self._device.bytes_per_s, 0.0)
+        self._device = await detect_device(home, None, idle_wait_s=0.0)
+        if await asyncio.to_thread(has_to_be_measured, home):
+            self._device = await detect_device(home, None)
+        self._speed.start(self._device.bytes_per_s, 0.0)
 
     def _save_bandwidth(self, bytes_per_s: float) -> None:
         log.debug("memory bandwidth estimate changed", bytes_per_s=bytes_per_s)

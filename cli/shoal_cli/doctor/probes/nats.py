@@ -264,7 +264,7 @@ async def _down(client: Client) -> tuple[dict[str, float], dict[str, str]]:
             for key in await state.keys("node.*"):
                 if node := await state.get_as(key, NodeState):
                     down_since_s[node.node] = node.down_since_s
-            down_since_s |= {node: since_s for node, since_s in members.lost_since_s.items() if since_s > 0}
+            down_since_s |= members.down_since_s
             for key in await state.keys("instance.*"):
                 instance = await state.get_as(key, InstanceState)
                 if instance is not None and instance.phase in ("degraded", "failed"):

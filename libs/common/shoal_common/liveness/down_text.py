@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
 
 
@@ -10,3 +11,8 @@ def down_text(node: str, since_s: float) -> str:
     if not since_s:
         return f"node {node} is down"
     return f"node {node} is down since {datetime.fromtimestamp(since_s, UTC).isoformat(timespec='seconds')}"
+
+
+def down_texts(down_since_s: Mapping[str, float]) -> str:
+    """Return that several nodes are down, with since when by node."""
+    return ", ".join(down_text(node, since_s) for node, since_s in down_since_s.items())

@@ -251,3 +251,8 @@ class MembersState(WireStruct):
 
     lost_since_s: dict[str, float] = {}
     """By node: when the leader found it lost; 0 while it is live."""
+
+    @property
+    def down_since_s(self) -> dict[str, float]:
+        """The nodes that are lost, with since when."""
+        return {node: since_s for node, since_s in self.lost_since_s.items() if since_s > 0}

@@ -75,7 +75,7 @@ def make_hub_client(
 
     def make_client() -> httpx2.AsyncClient:
         return httpx2.AsyncClient(
-            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
+            cookies=no_cookies,
             timeout=timeout,
             limits=httpx2.Limits(max_connections=_MAX_CONNECTIONS),
             trust_env=True,

@@ -86,6 +86,6 @@ def nodes_lost(live: Mapping[str, Mapping[str, LivenessRecord]], state: KvMirror
     members = state.get(MEMBERS_KEY, MembersState) or MembersState()
     return {
         node: since_s
-        for node, since_s in members.lost_since_s.items()
-        if since_s > 0 and all(record.started_at_s <= since_s for record in live.get(node, {}).values())
+        for node, since_s in members.down_since_s.items()
+        if all(record.started_at_s <= since_s for record in live.get(node, {}).values())
     }

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Set
 import msgspec
 
 from shoal_common.errors import ErrorBody, LoadError, NoMemory, StageLost, Unsupported
-from shoal_common.liveness.down_text import down_text
+from shoal_common.liveness.down_text import down_texts
 from shoal_common.messages.instances import InstanceSpec, InstanceState, StageSpec, StageState
 
 _FINAL = (NoMemory.code, LoadError.code, Unsupported.code)
@@ -61,7 +61,7 @@ def _node_down_error(
     down = {node: down_since_s.get(node, 0.0) for node in sorted({s.node for s in spec.stages} - present)}
     if not down:
         return stays_because
-    text = ", ".join(down_text(node, since_s) for node, since_s in down.items())
+    text = down_texts(down)
     if stays_because is None:
         return StageLost(text, down_since_s=down).body()
     message = f"{text}; the instance cannot move: {stays_because.message}"

@@ -87,12 +87,11 @@ class InstanceStatusPublisher:
         }
         unresponsive = self._failure_detector.unresponsive_nodes("inference")
         members = self._state.get(MEMBERS_KEY, MembersState) or MembersState()
-        down_since_s = {node: since_s for node, since_s in members.lost_since_s.items() if since_s > 0}
         for name, spec in specs.items():
             before = published.get(name)
             nodes = nodes_present(live, unresponsive, before, settled)
             stays_because = self._migrator.stay_reasons.get(name)
-            now = instance_status(spec, stages, nodes, before, stays_because, down_since_s)
+            now = instance_status(spec, stages, nodes, before, stays_because, members.down_since_s)
             if now != before:
                 await self._state.wait_revision(await writes.state.put(instance_key(name), now))
             if has_become_degraded(before, now):

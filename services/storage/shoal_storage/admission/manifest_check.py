@@ -29,11 +29,8 @@ def check_manifest(manifest: Manifest) -> None:
         if f.size_bytes < 0 or sizes.setdefault(f.blob, f.size_bytes) != f.size_bytes:
             raise BadInput(f"the manifest of {manifest.model} gives {f.path} an impossible size: {f.size_bytes}")
         paths.add(f.path)
-    for path in paths:
-        segments = path.split("/")
-        for end in range(1, len(segments)):
-            if (parent := "/".join(segments[:end])) in paths:
-                raise BadInput(f"in the manifest of {manifest.model} {parent} is both a file and a directory")
+    if (clash := NameFolding().clash(paths)) is not None:
+        raise BadInput(f"in the manifest of {manifest.model} {clash[0]} is both a file and a directory")
 
 
 def check_layout(manifest: Manifest, folding: NameFolding) -> None:

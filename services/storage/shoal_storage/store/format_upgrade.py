@@ -75,7 +75,7 @@ def _place_manifests(layout: VolumePaths) -> int:
 
 def _rename(path: Path, new_path: Path) -> int:
     """Return how many were renamed, 0 or 1. Nothing is replaced: what has the new name already stays."""
-    if path.name == new_path.name and path.parent == new_path.parent:
+    if path == new_path:
         return 0
     if new_path.exists():
         log.warning("not renamed: its new name is taken", path=path, name=new_path.name)
